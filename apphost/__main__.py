@@ -1,0 +1,6 @@
+"""`python -m apphost`: the same program as `apphost`."""
+
+from apphost.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""From the command line to a running arbiter, and back to an exit code."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import time
+
+import apphost
+from apphost.arbiter.arbiter import Arbiter
+from apphost.arbiter.pidfile import PidFile
+from apphost.arbiter.processes import WorkerProcess
+from apphost.logs import Log
+from apphost.settings import Loaded, Settings, Source
+from apphost.sockets import describe, open_listeners, parse_bind, unlink_own
+
+
+def run(loaded: Loaded, source: Source) -> int:
+    """Serve until told to stop; the exit code. Raises `ApphostError` for what is in the way of starting."""
+    settings = loaded.settings
+    log = Log(settings.log_level, settings.log_format)
+    if settings.umask is not None:
+        os.umask(settings.umask)
+    _set_title(settings.proc_name)
+    pidfile = PidFile(settings.pidfile) if settings.pidfile else None
+    own: dict[str, tuple[int, int]] = {}
+    try:
+        listeners = _listen(settings, own)
+        _say_hello(loaded, listeners, log)
+        code = Arbiter(loaded, source, listeners, log).run()
+        log.info(f"stopped, exit {code}")
+        return code
+    finally:
+        for path, inode in own.items():
+            unlink_own(path, inode)
+        if pidfile is not None:
+            pidfile.remove()
+
+
+def check(loaded: Loaded, source: Source) -> int:
+    """Load the application as a worker would, in a process of its own; 0 when it could serve, else what `run` gives."""
+    log = Log("error", loaded.settings.log_format)
+    started = time.monotonic()
+
+    def ready(worker: WorkerProcess) -> None:
+        names = worker.names
+        seconds = time.monotonic() - started
+        print(
+            f"{loaded.settings.app} can be served: interface {names['interface']}, parser {names['parser']}, "
+            f"loop {names['loop']}; ready in {seconds:.2f} s",
+            flush=True,
+        )
+        os.kill(os.getpid(), 15)
+
+    alone = Loaded(_alone(loaded.settings), loaded.origins)
+    return Arbiter(alone, source, [], log, ready).run()
+
+
+def _alone(settings: Settings) -> Settings:
+    import dataclasses
+
+    return dataclasses.replace(settings, workers=1)
+
+
+def _listen(settings: Settings, own: dict[str, tuple[int, int]]) -> list[socket.socket]:
+    """Open every listener, all or none; `own` notes the Unix sockets that were made, for removal at the end."""
+    listeners: list[socket.socket] = []
+    for text in settings.bind:
+        address = parse_bind(text)
+        listeners += open_listeners(address, settings.backlog)
+        if address.path:
+            info = os.stat(address.path)
+            own[address.path] = (info.st_dev, info.st_ino)
+    return listeners
+
+
+def _say_hello(loaded: Loaded, listeners: list[socket.socket], log: Log) -> None:
+    settings = loaded.settings
+    log.info(
+        f"apphost {apphost.__version__} on Python {platform.python_version()} starts {settings.app} with "
+        f"{settings.workers} workers, pid {os.getpid()}"
+    )
+    for warning in loaded.warnings:
+        log.warning(warning)
+    for listener in listeners:
+        log.info(f"listening at {describe(listener)}", address=describe(listener))
+
+
+def _set_title(name: str) -> None:
+    if name:
+        try:
+            from setproctitle import setproctitle
+        except ModuleNotFoundError:
+            return
+        setproctitle(f"{name}: arbiter")

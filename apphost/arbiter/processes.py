@@ -1,0 +1,154 @@
+"""The arbiter's handles on its processes: fork servers, workers, and what a worker leaves behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import tempfile
+from dataclasses import dataclass, field
+
+from apphost.forkserver import COMMAND
+from apphost.messages import PROTOCOL_VERSION, Channel
+from apphost.settings import Settings, Source
+
+LAST_WORDS_MAX = 65536  # bytes read of a worker's last words: the stacks of some hundred threads
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+
+
+@dataclass(slots=True)
+class Failure:
+    """Why a process could not do its work, in its own words."""
+
+    message: str
+    detail: str
+    code: int
+
+
+@dataclass(slots=True)
+class ForkServer:
+    generation: int
+    pid: int
+    channel: Channel
+    settings: Settings | None = None  # once it has read them
+    failure: Failure | None = None
+
+
+@dataclass(slots=True)
+class WorkerProcess:
+    wid: int
+    generation: int
+    channel: Channel
+    dump: int  # descriptor of the file for its last words
+    born: float
+    pid: int = 0  # 0: not forked yet
+    ready_at: float | None = None
+    names: dict[str, str] = field(default_factory=dict)  # interface, parser, loop
+    requests: int = 0
+    connections: int = 0
+    active: int = 0
+    failure: Failure | None = None
+    lost_at: float | None = None  # when its channel ended
+    expected: bool = False  # it was told to go, or said that it goes
+
+    @property
+    def name(self) -> str:
+        return f"worker {self.wid} gen {self.generation}"
+
+
+def start_fork_server(generation: int, source: Source, listeners: list[socket.socket]) -> ForkServer:
+    """Start a fresh interpreter as the fork server of `generation` and send it its configuration."""
+    ours, theirs = socket.socketpair()
+    fds = [listener.fileno() for listener in listeners]
+    # Blocked until the new program has handlers: nothing that is sent meanwhile is lost, and nothing kills it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _become_fork_server(source.cwd, theirs.fileno(), fds)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    theirs.close()
+    channel = Channel(ours)
+    config = {"protocol": PROTOCOL_VERSION, "generation": generation, "source": source.to_wire(), "listeners": fds}
+    channel.send({"t": "config", **config})
+    return ForkServer(generation, pid, channel)
+
+
+def _become_fork_server(cwd: str, channel: int, listeners: list[int]) -> None:
+    """In the child: replace this program. By the names that the user gave, so switched symlinks lead to new code."""
+    try:
+        try:
+            os.chdir(cwd)
+        except OSError:
+            pass  # the fork server finds the words for it
+        for fd in (channel, *listeners):
+            os.set_inheritable(fd, True)
+        os.execv(sys.executable, [sys.executable, "-c", COMMAND, str(channel)])  # noqa: S606
+    except BaseException as exc:
+        os.write(2, f"apphost: cannot start {sys.executable}: {exc}\n".encode())
+    finally:
+        os._exit(127)
+
+
+def make_dump_file() -> int:
+    """A descriptor of an unnamed file, which outlives the worker that writes to it."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("apphost-last-words")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def read_last_words(fd: int) -> str:
+    """What a worker wrote when it crashed, or when it was asked for its stacks."""
+    try:
+        return os.pread(fd, LAST_WORDS_MAX, 0).decode("utf-8", "replace").strip()
+    except OSError:
+        return ""
+
+
+def become_subreaper() -> bool:
+    """On Linux, have orphaned descendants become our children, so that a fork server's death loses no exit status."""
+    if not sys.platform.startswith("linux"):
+        return False
+    import ctypes
+
+    try:
+        return bool(ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
+    except (OSError, AttributeError):
+        return False
+
+
+def reap() -> list[tuple[int, int]]:
+    """(pid, exit code or minus signal) of every child that has ended, strangers included."""
+    ended: list[tuple[int, int]] = []
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return ended
+        if pid == 0:
+            return ended
+        ended.append((pid, os.waitstatus_to_exitcode(status)))
+
+
+def kill(pid: int, number: int) -> None:
+    """Send a signal to one of ours; it may be gone already."""
+    if pid > 0:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            pass
+
+
+def describe_exit(status: int | None) -> str:
+    """`exit 0`, `died of SIGKILL`, or what can be said when nobody told."""
+    if status is None:
+        return "ended without a status"
+    if status >= 0:
+        return f"exit {status}"
+    try:
+        return f"died of {signal.Signals(-status).name}"
+    except ValueError:
+        return f"died of signal {-status}"

@@ -1,0 +1,173 @@
+"""The words of the fleet: what can happen to it (events), what it wants done (actions), what it keeps in mind (config).
+
+Plain data: nothing here decides or performs.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from apphost.errors import ExitCode
+
+
+class Reason(str, enum.Enum):
+    """Why a worker leaves. The value is the word in logs and `status`."""
+
+    RELOAD = "reload"
+    SCALE_DOWN = "scale-down"
+    STOP = "stop"
+    RECYCLE = "recycle"
+    STUCK = "stuck"
+    BOOT_TIMEOUT = "boot timeout"
+    SUPERSEDED = "superseded"
+    GIVEN_UP = "generation given up"
+    ORPHANED = "lost its channel"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What the fleet needs of the settings; times in seconds."""
+
+    size: int = 1
+    boot_timeout: float = 60.0
+    timeout: float = 30.0  # 0: a silent worker is left alone
+    graceful_timeout: float = 30.0
+    stop_timeout: float = 8.0
+
+
+# ---------------------------------------------------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, slots=True)
+class ReloadAsked:
+    """New code, please: a new generation."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopAsked:
+    """Graceful stop; a second one, or `now`, kills."""
+
+    now: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleAsked:
+    """TTIN (+1), TTOU (-1)."""
+
+    delta: int
+
+
+@dataclass(frozen=True, slots=True)
+class Configured:
+    """A proven generation brought new settings."""
+
+    config: Config
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReady:
+    wid: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerBeat:
+    wid: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerAsksReplacement:
+    """A worker has served enough (max_requests) and wants a successor before it drains."""
+
+    wid: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLeaves:
+    """A worker drains on its own account (a stray TERM, a lost channel): it accepts nothing any more."""
+
+    wid: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerGone:
+    wid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed."""
+
+
+Event = (
+    ReloadAsked
+    | StopAsked
+    | ScaleAsked
+    | Configured
+    | WorkerReady
+    | WorkerBeat
+    | WorkerAsksReplacement
+    | WorkerLeaves
+    | WorkerGone
+    | Tick
+)
+
+# --------------------------------------------------------------------------------------------------------- actions
+
+
+@dataclass(frozen=True, slots=True)
+class Spawn:
+    wid: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Tell a worker to finish within `seconds` and go; `successors` are the ready workers of newer code."""
+
+    wid: int
+    seconds: float
+    reason: Reason
+    successors: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Dump:
+    """Make a stuck worker write down its stacks and requests; a Kill follows."""
+
+    wid: int
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    wid: int
+    reason: Reason | None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationComplete:
+    """Every serving worker is of this generation."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationGivenUp:
+    """This generation never became ready; `keeping` goes on serving."""
+
+    generation: int
+    keeping: int
+
+
+@dataclass(frozen=True, slots=True)
+class Halt:
+    """Nothing is left to do: end the arbiter with `code`."""
+
+    code: ExitCode
+
+
+Action = Spawn | Drain | Dump | Kill | GenerationComplete | GenerationGivenUp | Halt

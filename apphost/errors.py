@@ -1,0 +1,93 @@
+"""What can go wrong before and around serving, and the exit code that tools see for it.
+
+The table below is the only place where an exit code is chosen. Codes 0 to 2 follow the shell and click; the others stay
+below 64 so that they never meet a signal death (128 + n) or the sysexits of a supervised program.
+"""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import os
+import traceback
+from collections.abc import Iterable
+
+_OWN_CODE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+
+class ExitCode(enum.IntEnum):
+    """Exit status of the `apphost` program."""
+
+    OK = 0
+    INTERNAL = 1  # a defect of apphost itself
+    USAGE = 2  # command line, environment or settings file
+    APPLICATION = 3  # the application cannot be loaded or refuses to start
+    ADDRESS = 4  # a listener cannot be opened
+    RUNNING = 5  # the pidfile belongs to a running apphost
+    PRIVILEGES = 6  # user, group or a file that may not be used
+
+
+class ApphostError(Exception):
+    """An error with a message for the operator: one readable paragraph, no traceback of ours.
+
+    `detail` is shown below the paragraph as it is, usually the traceback of the user's own code.
+    """
+
+    exit_code = ExitCode.INTERNAL
+
+    def __init__(self, message: str, detail: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.detail = detail
+
+
+class SettingsError(ApphostError):
+    exit_code = ExitCode.USAGE
+
+
+class ApplicationError(ApphostError):
+    exit_code = ExitCode.APPLICATION
+
+
+class AddressError(ApphostError):
+    exit_code = ExitCode.ADDRESS
+
+
+class AlreadyRunningError(ApphostError):
+    exit_code = ExitCode.RUNNING
+
+
+class PrivilegesError(ApphostError):
+    exit_code = ExitCode.PRIVILEGES
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` with the nearest known name, or an empty string when none is near."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def user_traceback(exc: BaseException) -> str:
+    """The traceback of `exc` without the leading frames of apphost and of importlib.
+
+    Frames of ours *below* the first frame of the user stay: there the user called us, and that is part of the story.
+    """
+    report = traceback.TracebackException.from_exception(exc)
+    _strip(report, set())
+    return "".join(report.format()).rstrip("\n")
+
+
+def _strip(report: traceback.TracebackException, seen: set[int]) -> None:
+    if id(report) in seen:
+        return
+    seen.add(id(report))
+    frames = report.stack
+    while frames and _is_plumbing(frames[0].filename):
+        del frames[0]
+    for linked in (report.__cause__, report.__context__):
+        if linked is not None:
+            _strip(linked, seen)
+
+
+def _is_plumbing(filename: str) -> bool:
+    return filename.startswith((_OWN_CODE, "<frozen importlib")) or f"{os.sep}importlib{os.sep}" in filename

@@ -1,0 +1,87 @@
+"""The WSGI environ (PEP 3333; RFC 3875 for the CGI variables). Pure but for the objects it is handed."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from apphost.interfaces.wsgi_io import ErrorLog, FileWrapper
+from apphost.protocols.base import Stream
+
+_SPECIAL = {b"content-type": "CONTENT_TYPE", b"content-length": "CONTENT_LENGTH"}
+# Never a variable: `Proxy` would become HTTP_PROXY, which HTTP clients inside the application obey (CVE-2016-5385).
+_NEVER = frozenset((b"proxy",))
+_VARIABLES: dict[bytes, str] = {}
+_VARIABLES_MAX = 1024  # clients choose header names: a bound, so that made-up ones cost no memory
+
+
+def base_environ(root_path: str, errors: ErrorLog, *, multithread: bool, multiprocess: bool) -> dict[str, Any]:
+    """What all requests of a worker have in common."""
+    return {
+        "SCRIPT_NAME": root_path.encode("utf-8").decode("latin-1"),
+        "wsgi.version": (1, 0),
+        "wsgi.errors": errors,
+        "wsgi.multithread": multithread,
+        "wsgi.multiprocess": multiprocess,
+        "wsgi.run_once": False,
+        "wsgi.input_terminated": True,
+        "wsgi.file_wrapper": FileWrapper,
+        "SERVER_SOFTWARE": "apphost",
+    }
+
+
+def request_environ(base: dict[str, Any], stream: Stream, root_path: str, body: object) -> dict[str, Any]:
+    """The environ of one request: a new builtin dict that the application may do with as it likes."""
+    head = stream.head
+    environ = base.copy()
+    environ["REQUEST_METHOD"] = head.method
+    environ["PATH_INFO"] = path_info(head.raw_path, root_path)
+    environ["QUERY_STRING"] = head.query.decode("latin-1")
+    # What was asked for, undecoded: no standard, but what gunicorn, uWSGI and Werkzeug agree on.
+    environ["REQUEST_URI"] = environ["RAW_URI"] = head.target.decode("latin-1")
+    environ["SERVER_PROTOCOL"] = "HTTP/" + head.version
+    environ["wsgi.url_scheme"] = stream.scheme
+    environ["wsgi.input"] = body
+    host, port = stream.server
+    environ["SERVER_NAME"] = host or "localhost"
+    environ["SERVER_PORT"] = str(port) if port is not None else ("443" if stream.scheme == "https" else "80")
+    client = stream.client
+    environ["REMOTE_ADDR"] = client[0] if client else ""
+    if client:
+        environ["REMOTE_PORT"] = str(client[1])
+    known = _VARIABLES
+    for name, value in head.headers:
+        variable = known.get(name)
+        if variable is None:
+            variable = _variable(name)
+        text = value.decode("latin-1")
+        if variable in environ:
+            if not variable:
+                continue
+            text = environ[variable] + ("; " if name == b"cookie" else ",") + text
+        environ[variable] = text
+    environ.pop("", None)
+    return environ
+
+
+def _variable(name: bytes) -> str:
+    """The CGI variable of a header name; empty for one that must not become a variable."""
+    if name in _NEVER:
+        return ""
+    variable = _SPECIAL.get(name) or "HTTP_" + name.decode("latin-1").upper().replace("-", "_")
+    if len(_VARIABLES) < _VARIABLES_MAX:
+        _VARIABLES[name] = variable
+    return variable
+
+
+def path_info(raw_path: bytes, root_path: str) -> str:
+    """The decoded path without the root path, in PEP 3333's "bytes as latin-1" form.
+
+    A proxy may have stripped the root path or left it; a path that does not begin with it is taken as it is.
+    """
+    path = unquote_to_bytes(raw_path) if b"%" in raw_path else raw_path
+    if root_path:
+        root = root_path.encode("utf-8")
+        if path == root or path.startswith(root + b"/"):
+            path = path[len(root) :]
+    return path.decode("latin-1")

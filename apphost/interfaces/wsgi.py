@@ -1,0 +1,336 @@
+"""WSGI (PEP 3333): calls the application in a thread beside the event loop.
+
+A request whose body is small is given to a thread only when the body is there, so a slow client costs no thread; a
+larger body is streamed. A response of one block, which most are, comes back to the loop as one message.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any, cast
+
+from apphost.errors import user_traceback
+from apphost.interfaces.asgi import failure, is_disconnect
+from apphost.interfaces.environ import base_environ, request_environ
+from apphost.interfaces.threads import ThreadPool
+from apphost.interfaces.wsgi_io import BodyInput, ErrorLog, FileWrapper, file_to_send, send_file
+from apphost.logs import Log, escape
+from apphost.protocols.base import ClientDisconnected, Headers, ResponseError, Stream
+from apphost.protocols.response import ResponseHead
+
+ExcInfo = tuple[type[BaseException], BaseException, TracebackType] | tuple[None, None, None]
+Environ = dict[str, Any]
+Application = Callable[[Environ, Callable[..., Any]], Iterable[bytes]]
+
+SMALL_BODY = 65536  # bytes; a body up to this size is gathered before a thread is taken: what the stream buffers anyway
+WINDOW = 65536  # bytes of a response that may wait for the loop before the application's thread waits too
+
+# RFC 9110, 7.6.1; PEP 3333 forbids them to applications.
+HOP_BY_HOP = frozenset(
+    ("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer", "trailers",
+     "transfer-encoding", "upgrade", "proxy-connection")
+)  # fmt: skip
+
+
+class TooLong(ResponseError):
+    """The application gave more than its Content-Length says; what fits has been sent, so the client is well."""
+
+    def __init__(self, length: int | None) -> None:
+        super().__init__(f"gave more than the {length} bytes of its Content-Length; the rest was dropped")
+
+
+class WsgiInterface:
+    """Serves streams with a WSGI application on the threads of `pool`."""
+
+    name = "wsgi"
+
+    def __init__(
+        self,
+        app: Application,
+        pool: ThreadPool,
+        log: Log,
+        active: set[Any],
+        *,
+        root_path: str = "",
+        multithread: bool = True,
+        multiprocess: bool = False,
+        worker: str = "worker",
+    ) -> None:
+        self.app = app
+        self.pool = pool
+        self.log = log
+        self.active = active
+        self.worker = worker
+        self.root_path = root_path
+        errors = ErrorLog(log, worker)
+        self.base = base_environ(root_path, errors, multithread=multithread, multiprocess=multiprocess)
+
+    def handle(self, stream: Stream) -> WsgiRequest:
+        request = WsgiRequest(self, stream)
+        self.active.add(request)
+        request.body_arrived()
+        return request
+
+
+class WsgiRequest:
+    """One call of the application. Methods are of the loop unless they say that they are of the application's thread.
+
+    The two sides share: the body (`input`, with a lock of its own), the window of unsent bytes (`_space`), and `gone`.
+    """
+
+    __slots__ = (
+        "_body",
+        "_held",
+        "_left",
+        "_space",
+        "_unsent",
+        "gone",
+        "headers_sent",
+        "input",
+        "interface",
+        "response",
+        "stream",
+        "submitted",
+    )
+
+    def __init__(self, interface: WsgiInterface, stream: Stream) -> None:
+        self.interface = interface
+        self.stream = stream
+        self.gone = False  # the client is gone; read by both sides, only ever set
+        self.submitted = False
+        self.input: BodyInput | None = None
+        self._body: list[bytes] = []  # of a small body that is not complete yet
+        self._held = 0
+        # -- the response
+        self.response: ResponseHead | None = None  # from start_response
+        self.headers_sent = False
+        self._left: int | None = None  # bytes until the declared Content-Length is reached
+        self._space: threading.Condition | None = None  # made when a response has more than one block
+        self._unsent = 0
+
+    # -- Handler
+
+    def body_arrived(self) -> None:
+        if self.submitted:
+            if self.input is not None:
+                self.input.arrived()
+            return
+        stream = self.stream
+        head = stream.head
+        if not head.has_body:
+            self._submit()
+        elif head.expect or (head.content_length or 0) > SMALL_BODY or (head.chunked and self._held > SMALL_BODY):
+            self.input = BodyInput(self, b"".join(self._body))
+            self._body = []
+            self._submit()
+        else:
+            data, more = stream.take_body()
+            self._body.append(data)
+            self._held += len(data)
+            if not more:
+                self._submit()
+            elif head.chunked and self._held > SMALL_BODY:
+                self.body_arrived()
+
+    def disconnected(self) -> None:
+        if self.stream.body_complete and self.stream.connected:
+            return  # it has only ended its side, and still waits for the answer
+        self.gone = True
+        if self.input is not None:
+            self.input.arrived()
+        self._give_space(0)
+        if not self.submitted:
+            self.interface.active.discard(self)
+            self.stream.fail()
+
+    def write_resumed(self) -> None:
+        self._give_space(self._unsent)
+
+    def describe(self) -> str:
+        head = self.stream.head
+        return f"{head.method} {escape(head.target.decode('latin-1'))}"
+
+    def _submit(self) -> None:
+        self.submitted = True
+        self.interface.pool.submit(self.run)
+
+    # -- the application's thread
+
+    def run(self) -> None:
+        """Call the application and bring its response to an end, a good one or a visible bad one."""
+        interface = self.interface
+        try:
+            if not self.gone:
+                self._call()
+        except TooLong as exc:
+            self._say(str(exc))
+        except BaseException as exc:
+            if not (self.gone and is_disconnect(exc)):
+                self._say(failure(exc, self.headers_sent), user_traceback(exc))
+            interface.pool.post(self._fail)
+        else:
+            if self.gone:
+                interface.pool.post(self._fail)
+
+    def _call(self) -> None:
+        interface = self.interface
+        body: Any = self.input
+        if body is None:
+            body = io.BytesIO(b"".join(self._body)) if self._body else io.BytesIO()
+        environ = request_environ(interface.base, self.stream, interface.root_path, body)
+        result = interface.app(environ, self.start_response)
+        try:
+            self._respond(result)
+        finally:
+            close = getattr(result, "close", None)
+            if close is not None:
+                close()
+
+    def _respond(self, result: Iterable[bytes]) -> None:
+        sendable = file_to_send(result, self.headers_sent) if type(result) is FileWrapper else None
+        if sendable is not None and send_file(self, sendable, self._started()):
+            return
+        single = type(result) in (list, tuple) and len(cast(Any, result)) <= 1
+        if single and not self.headers_sent:
+            self._respond_at_once(b"".join(result))
+            return
+        for block in result:
+            if block:
+                self.emit(block)
+            if self.gone:
+                return
+        self._finish()
+
+    def _respond_at_once(self, block: bytes) -> None:
+        head = self._started()
+        fitting = self._clip(head, block)
+        self.headers_sent = True
+        self.interface.pool.post(lambda: self._send(head, fitting, False))
+        if len(fitting) < len(block):
+            raise TooLong(head.content_length)
+
+    def _started(self) -> ResponseHead:
+        if self.response is None:
+            raise AssertionError("the application returned without calling start_response")
+        return self.response
+
+    def emit(self, block: bytes) -> None:
+        """Send one block; waits while more than a window is on its way. Raises `ClientDisconnected`."""
+        if not isinstance(block, bytes):
+            raise TypeError(f"a block of the response must be bytes, not {type(block).__name__}")
+        response = self._started()
+        fitting = self._clip(response, block)
+        head = None if self.headers_sent else response
+        self.headers_sent = True
+        if self._space is None:
+            self._space = threading.Condition()
+        with self._space:
+            self._unsent += len(fitting)
+        more = self._left != 0
+        self.interface.pool.post(lambda: self._send(head, fitting, more))
+        if len(fitting) < len(block):
+            raise TooLong(response.content_length)
+        with self._space:
+            while self._unsent > WINDOW and not self.gone:
+                self._space.wait()
+        if self.gone:
+            raise ClientDisconnected("the client has closed the connection")
+
+    def _finish(self) -> None:
+        if not self.headers_sent:
+            self._respond_at_once(b"")
+        else:
+            self.interface.pool.post(lambda: self._send(None, b"", False))
+
+    def _clip(self, head: ResponseHead, block: bytes) -> bytes:
+        """What of `block` still fits the Content-Length: PEP 3333 has the server stop there."""
+        if head.content_length is None or self.stream.head.method == "HEAD":
+            return block
+        if self._left is None:
+            self._left = head.content_length
+        fitting = block[: self._left] if len(block) > self._left else block
+        self._left -= len(fitting)
+        return fitting
+
+    def start_response(
+        self, status: str, headers: list[tuple[str, str]], exc_info: ExcInfo | None = None
+    ) -> Callable[[bytes], None]:
+        """PEP 3333. Raises `TypeError`, `ValueError` or `AssertionError` for what the application got wrong."""
+        if exc_info is not None:
+            try:
+                if self.headers_sent and exc_info[1] is not None:
+                    raise exc_info[1].with_traceback(exc_info[2])
+            finally:
+                exc_info = None  # or the frames in the traceback would keep each other alive
+        elif self.response is not None:
+            raise AssertionError("start_response was called a second time without exc_info")
+        code, reason = parse_status(status)
+        self.response = ResponseHead(code, encode_headers(headers), reason)
+        return self.write
+
+    def write(self, data: bytes) -> None:
+        """The `write` callable of PEP 3333: sent before whatever the iterable gives."""
+        if data:
+            self.emit(data)
+
+    # -- back on the loop
+
+    def _send(self, head: ResponseHead | None, block: bytes, more: bool) -> None:
+        stream = self.stream
+        try:
+            if stream.connected and not stream.complete:
+                if head is not None:
+                    stream.start(head)
+                stream.write(block, more)
+            elif more:
+                self.gone = True
+        except Exception as exc:
+            self._say(failure(exc, stream.started), user_traceback(exc))
+            stream.fail()
+            self.gone = True
+        if not more:
+            self.interface.active.discard(self)
+        if stream.writable or self.gone or stream.complete:
+            self._give_space(len(block))
+
+    def _give_space(self, size: int) -> None:
+        """`size` bytes have gone out: the application's thread may go on."""
+        if self._space is not None:
+            with self._space:
+                self._unsent = max(0, self._unsent - size)
+                self._space.notify()
+
+    def _fail(self) -> None:
+        self.stream.fail()
+        self.interface.active.discard(self)
+
+    def _say(self, what: str, detail: str = "") -> None:
+        self.interface.log.error(f"{self.interface.worker}: the application {what}, in {self.describe()}", detail)
+
+
+def parse_status(status: str) -> tuple[int, bytes]:
+    """`"404 Not Found"` to (404, b"Not Found"). Raises `TypeError` or `ValueError` (PEP 3333: three digits first)."""
+    if not isinstance(status, str):
+        raise TypeError(f"the status must be a str, not {type(status).__name__}")
+    code, _, reason = status.partition(" ")
+    if len(code) != 3 or not code.isdigit() or not code.isascii():
+        raise ValueError(f"not a status: {status!r}")
+    return int(code), reason.strip().encode("latin-1")
+
+
+def encode_headers(headers: list[tuple[str, str]]) -> Headers:
+    """Header fields as bytes. Raises `TypeError` or `ValueError` for what PEP 3333 forbids; what no response may hold,
+    CR, LF, NUL or a malformed name, `ResponseHead` refuses for every interface."""
+    if type(headers) is not list:
+        raise TypeError(f"the headers must be a list, not {type(headers).__name__}")
+    encoded = []
+    for name, value in headers:
+        if type(name) is not str or type(value) is not str:
+            raise TypeError(f"a header must be a pair of str: {(name, value)!r}")
+        if name.lower() in HOP_BY_HOP:
+            raise ValueError(f"{name!r} is a hop-by-hop header: it belongs to the server")
+        encoded.append((name.encode("latin-1"), value.encode("latin-1")))
+    return encoded

@@ -1,0 +1,268 @@
+"""The file-like objects of WSGI: `wsgi.input` of a streamed body, `wsgi.errors`, `wsgi.file_wrapper`."""
+
+from __future__ import annotations
+
+import io
+import os
+import select
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from apphost.logs import Log
+from apphost.protocols.base import ClientDisconnected
+from apphost.protocols.response import ResponseHead
+
+if TYPE_CHECKING:
+    from apphost.interfaces.wsgi import WsgiRequest
+
+SENDFILE_MAX = 1 << 20  # bytes a system call: long enough to be cheap, short enough to notice a client that is gone
+
+
+class BodyInput(io.RawIOBase):
+    """`wsgi.input` for a body that is still arriving. Read by the application's thread, filled by the event loop.
+
+    Never reads past the body; b"" from its end on. Raises `ClientDisconnected` when the client goes before the end,
+    never a body that only looks complete.
+    """
+
+    def __init__(self, request: WsgiRequest, start: bytes) -> None:
+        self._request = request
+        self._ready = threading.Condition()
+        self._buffer = start
+        self._more = True
+        self._asked = False
+
+    # -- the loop's side
+
+    def arrived(self) -> None:
+        """There may be more body, its end, or no more client. Takes over only what the application waits for."""
+        with self._ready:
+            if self._asked:
+                self._take()
+            if not self._asked or self._request.gone:
+                self._ready.notify()
+
+    def _ask(self) -> None:
+        """The application wants more: runs on the loop, so the stream may send `100 Continue` and read on."""
+        with self._ready:
+            self._asked = True
+            self._take()
+
+    def _take(self) -> None:
+        if self._request.gone:
+            self._asked = False
+            self._ready.notify()
+            return
+        data, more = self._request.stream.take_body()
+        if data or not more:
+            self._buffer += data
+            self._more = more
+            self._asked = False
+            self._ready.notify()
+
+    # -- the application's side
+
+    def _fill(self) -> bool:
+        """Wait for more body; False at its end."""
+        with self._ready:
+            if not self._more:
+                return False
+            before = len(self._buffer)
+            self._request.interface.pool.post(self._ask)
+            while len(self._buffer) == before and self._more:
+                if self._request.gone:
+                    raise ClientDisconnected("the client closed the connection before its request body was complete")
+                self._ready.wait()
+            return True
+
+    def _pop(self, size: int) -> bytes:
+        data, self._buffer = self._buffer[:size], self._buffer[size:]
+        return data
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Exactly `size` bytes if the body has them, the whole rest for None or a negative size."""
+        if size is None or size < 0:
+            return self.readall()
+        parts: list[bytes] = []
+        missing = size
+        while missing > 0 and (self._buffer or self._fill()):
+            parts.append(self._pop(missing))
+            missing -= len(parts[-1])
+        return b"".join(parts)
+
+    def readall(self) -> bytes:
+        parts: list[bytes] = []
+        while self._buffer or self._fill():
+            parts.append(self._pop(len(self._buffer)))
+        return b"".join(parts)
+
+    def readinto(self, buffer: Any, /) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        limit = -1 if size is None else size
+        parts: list[bytes] = []
+        length = 0
+        while (limit < 0 or length < limit) and (self._buffer or self._fill()):
+            end = self._buffer.find(b"\n") + 1
+            want = end or len(self._buffer)
+            if limit >= 0:
+                want = min(want, limit - length)
+            parts.append(self._pop(want))
+            length += want
+            if parts[-1].endswith(b"\n"):
+                break
+        return b"".join(parts)
+
+    def readlines(self, hint: int | None = -1, /) -> list[bytes]:
+        lines: list[bytes] = []
+        size = 0
+        while line := self.readline():
+            lines.append(line)
+            size += len(line)
+            if hint is not None and 0 < hint <= size:
+                break
+        return lines
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self.readline, b"")
+
+
+class ErrorLog(io.TextIOBase):
+    """`wsgi.errors`: text, any Unicode, whole lines into the server's log."""
+
+    def __init__(self, log: Log, worker: str) -> None:
+        self._log = log
+        self._worker = worker
+        self._rest = threading.local()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str, /) -> int:
+        whole, newline, self._rest.text = (getattr(self._rest, "text", "") + text).rpartition("\n")
+        if newline:
+            self._say(whole)
+        return len(text)
+
+    def _say(self, text: str) -> None:
+        first, _, more = text.partition("\n")
+        self._log.error(f"{self._worker}: wsgi.errors: {first}", more)
+
+    def flush(self) -> None:
+        rest = getattr(self._rest, "text", "")
+        if rest:
+            self._rest.text = ""
+            self._say(rest)
+
+
+class FileWrapper:
+    """`wsgi.file_wrapper`: an iterable over a file-like object; a real file in it is sent by the kernel."""
+
+    def __init__(self, filelike: Any, blksize: int = 65536) -> None:
+        self.filelike = filelike
+        self.blksize = blksize
+        if hasattr(filelike, "close"):
+            self.close = filelike.close
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(lambda: self.filelike.read(self.blksize), b"")
+
+
+def file_to_send(result: FileWrapper, headers_sent: bool) -> tuple[int, int, int] | None:
+    """(descriptor, offset, bytes to the end) of a regular file in `result`, or None when it must be iterated."""
+    if headers_sent or not hasattr(os, "sendfile"):
+        return None
+    try:
+        fd = result.filelike.fileno()
+        info = os.fstat(fd)
+        # Where the application has read to, which for a buffered file is not where the descriptor stands.
+        offset = result.filelike.tell()
+    except (AttributeError, OSError, ValueError):
+        return None
+    if not stat.S_ISREG(info.st_mode) or not isinstance(offset, int) or offset >= info.st_size:
+        return None
+    return fd, offset, info.st_size - offset
+
+
+def send_file(request: WsgiRequest, file: tuple[int, int, int], head: ResponseHead) -> bool:
+    """Send a response whose body is a file, by `sendfile`. Of the application's thread. False when it cannot be done
+    this way: nothing has gone out then. Raises `ClientDisconnected`, and `OSError` for a file that cannot be read."""
+    fd, offset, available = file
+    count = available if head.content_length is None else head.content_length
+    if count > available or head.status in (204, 304) or head.status < 200:
+        return False  # the ordinary way finds the words for it
+    lent = _Loan(request, head, count).wait()
+    if lent is None:
+        return False
+    sock, head_bytes = lent
+    request.headers_sent = True
+    try:
+        _copy(request, sock, head_bytes, fd, offset, count)
+    finally:
+        os.close(sock)
+    request.interface.pool.post(lambda: _give_back(request, count))
+    return True
+
+
+class _Loan:
+    """Has the loop lend the socket; the application's thread waits, for no longer than the loop's next turn."""
+
+    def __init__(self, request: WsgiRequest, head: ResponseHead, count: int) -> None:
+        self._request = request
+        self._head = head
+        self._count = count
+        self._done = threading.Event()
+        self._lent: tuple[int, bytes] | None = None
+
+    def wait(self) -> tuple[int, bytes] | None:
+        self._request.interface.pool.post(self._lend)
+        self._done.wait()
+        return self._lent
+
+    def _lend(self) -> None:
+        try:
+            self._lent = self._request.stream.lend_socket(self._head, self._count)
+        finally:
+            self._done.set()
+
+
+def _give_back(request: WsgiRequest, count: int) -> None:
+    request.stream.return_socket(count)
+    request.interface.active.discard(request)
+
+
+def _copy(request: WsgiRequest, sock: int, head: bytes, fd: int, offset: int, count: int) -> None:
+    end = offset + count
+    writable = select.poll()
+    writable.register(sock, select.POLLOUT)
+    while head or offset < end:
+        try:
+            if head:
+                head = head[os.write(sock, head) :]
+                continue
+            sent = os.sendfile(sock, fd, offset, min(end - offset, SENDFILE_MAX))
+        except BlockingIOError:
+            _wait_writable(request, writable, time.monotonic() + request.stream.context.timeouts.write)
+            continue
+        except (BrokenPipeError, ConnectionResetError):
+            raise ClientDisconnected("the client has closed the connection") from None
+        if sent == 0:
+            raise OSError("the file became shorter while it was sent")
+        offset += sent
+
+
+def _wait_writable(request: WsgiRequest, writable: select.poll, deadline: float) -> None:
+    while not request.gone and time.monotonic() < deadline:
+        if writable.poll(500):
+            return
+    request.gone = True
+    raise ClientDisconnected("the client does not read any more")

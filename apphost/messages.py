@@ -1,0 +1,181 @@
+"""Messages between the processes of one apphost: arbiter, fork servers and workers.
+
+A channel is one end of an `AF_UNIX` stream socketpair (stream, because macOS has no SEQPACKET). A message is one line
+of JSON, an object whose key `t` names its kind; file descriptors travel beside the line that announces them with
+`fds`: their count. Unknown kinds and unknown keys are ignored by the receiver, so that two versions of apphost can
+talk across an upgrade; a line that is not such an object is a `ProtocolError` and ends the channel.
+
+Orders are idempotent: sending one twice does what sending it once does.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import socket
+from collections import deque
+from typing import Any
+
+PROTOCOL_VERSION = 1
+
+MAX_MESSAGE = 1 << 20  # bytes; the largest real one is a boot failure with its traceback, cut to 64 KiB by its sender
+MAX_FDS = 16  # per read; the most that any message carries is 1, and reads are 64 KiB apart
+_READ_SIZE = 65536
+
+Message = dict[str, Any]
+
+
+class ProtocolError(Exception):
+    """The peer sent something that is not a message, or more than a channel may buffer."""
+
+
+def encode(message: Message) -> bytes:
+    """One line of JSON, without raw newlines inside (JSON escapes them)."""
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+class Decoder:
+    """Turns bytes and descriptors, in any split, into messages. Pure: performs no I/O.
+
+    Descriptors that no message claims are kept in `fds` for the owner to close.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self.fds: deque[int] = deque()
+
+    def feed(self, data: bytes, fds: list[int]) -> list[tuple[Message, list[int]]]:
+        """The messages completed by `data`, each with the descriptors it announced.
+
+        Raises `ProtocolError` for a line that is no JSON object with a text `t`, for one longer than `MAX_MESSAGE`,
+        and for a message that announces more descriptors than have come.
+        """
+        self.fds.extend(fds)
+        self._buffer += data
+        *lines, rest = self._buffer.split(b"\n")
+        self._buffer = bytearray(rest)
+        if max(map(len, (*lines, rest))) > MAX_MESSAGE:
+            raise ProtocolError(f"a message of more than {MAX_MESSAGE} bytes")
+        came = list(self.fds)
+        try:
+            return [self._claim(_parse(bytes(line))) for line in lines]
+        except ProtocolError:
+            self.fds = deque(came)  # nobody gets the messages before the bad one: theirs too are the owner's to close
+            raise
+
+    def _claim(self, message: Message) -> tuple[Message, list[int]]:
+        count = message.get("fds", 0)
+        if type(count) is not int or not 0 <= count <= len(self.fds):  # to isinstance, a bool is an int
+            raise ProtocolError(f"message {message['t'][:80]!r} announces {str(count)[:20]} fds, {len(self.fds)} came")
+        return message, [self.fds.popleft() for _ in range(count)]
+
+
+def _parse(line: bytes) -> Message:
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError):  # the latter for deep nesting
+        raise ProtocolError(f"not a message: {line[:80]!r}") from None
+    if not isinstance(message, dict) or not isinstance(message.get("t"), str):
+        raise ProtocolError(f"not a message: {line[:80]!r}")
+    return message
+
+
+class Channel:
+    """One end of a channel: a non-blocking socket, a decoder, and what could not be sent yet.
+
+    `send` and `flush` never block and never raise for a peer that is gone (end of file tells, through `receive`). What
+    the peer does not read is kept, up to `MAX_MESSAGE` bytes; beyond that the peer is stuck and `send` answers False
+    without queueing.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self._decoder = Decoder()
+        self._unsent: deque[tuple[bytes, list[int]]] = deque()
+        self._unsent_size = 0
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    @property
+    def blocked(self) -> bool:
+        """Whether something waits for the peer to read: then poll for writing and call `flush`."""
+        return bool(self._unsent)
+
+    def send(self, message: Message, fds: list[int] | None = None) -> bool:
+        """Send `message`; the descriptors stay the caller's until this returns True (they are duplicated if queued)."""
+        fds = fds or []
+        data = encode({**message, "fds": len(fds)} if fds else message)
+        if self._unsent_size + len(data) > MAX_MESSAGE:
+            return False
+        self._unsent.append((data, [os.dup(fd) for fd in fds]))
+        self._unsent_size += len(data)
+        return self.flush()
+
+    def flush(self) -> bool:
+        """Send what waits, as far as the peer reads. False when the peer is gone."""
+        while self._unsent:
+            data, fds = self._unsent[0]
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            try:
+                sent = self.sock.sendmsg([data], ancillary)
+            except (BlockingIOError, InterruptedError):
+                return True
+            except OSError:
+                self._drop_unsent()
+                return False
+            self._unsent.popleft()
+            self._unsent_size -= sent
+            _close_all(fds)
+            if sent < len(data):
+                self._unsent.appendleft((data[sent:], []))
+        return True
+
+    def receive(self) -> list[tuple[Message, list[int]]] | None:
+        """What has arrived, each message with its descriptors; None at end of file. Raises `ProtocolError`."""
+        try:
+            data, fds = _receive(self.sock)
+        except (BlockingIOError, InterruptedError):
+            return []
+        except OSError:
+            return None
+        if not data:
+            _close_all(fds)
+            return None
+        return self._decoder.feed(data, fds)
+
+    def close(self) -> None:
+        self._drop_unsent()
+        _close_all(list(self._decoder.fds))
+        self._decoder.fds.clear()
+        self.sock.close()
+
+    def _drop_unsent(self) -> None:
+        for _, fds in self._unsent:
+            _close_all(fds)
+        self._unsent.clear()
+        self._unsent_size = 0
+
+
+# socket.recv_fds ignores its flags argument, so a descriptor would be inherited by every subprocess of the application.
+_CLOEXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+
+
+def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
+    numbers = array.array("i")
+    space = socket.CMSG_SPACE(MAX_FDS * numbers.itemsize)
+    data, ancillary, _flags, _address = sock.recvmsg(_READ_SIZE, space, _CLOEXEC)
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
+    if not _CLOEXEC:
+        for fd in numbers:
+            os.set_inheritable(fd, False)
+    return data, list(numbers)
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)

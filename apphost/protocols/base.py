@@ -1,0 +1,213 @@
+"""The seams of the request path.
+
+    bytes -> Connection -> HeadParser -> strict rules -> Stream <-> Handler (an interface: ASGI, WSGI) -> application
+
+A `HeadParser` turns the bytes of one complete request head into a `RequestHead`. A `Stream` is one request and its
+response as an interface sees them, whatever carries them: HTTP/1.1 today, another protocol tomorrow. A `Handler` is
+what an interface makes of a stream; the stream tells it what happens on the wire.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from apphost.protocols.context import Context
+    from apphost.protocols.response import ResponseHead
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class BadRequest(Exception):
+    """The client broke a rule. `status` is the answer, `why` its body: our words, never the client's bytes."""
+
+    def __init__(self, status: int, why: str) -> None:
+        super().__init__(why)
+        self.status = status
+        self.why = why
+
+
+class ClientDisconnected(OSError):
+    """Raised out of `send` when the client is gone (ASGI 2.4: an OSError subclass), and out of WSGI input and write."""
+
+
+class ResponseError(RuntimeError):
+    """The application broke the rules of a response: an event out of order, more body than announced, a bad header."""
+
+
+class RequestHead:
+    """The head of one request.
+
+    The parser gives the first four; `strict.examine` adds the rest, after which the head is not changed any more.
+
+    method: as sent, `str`, a token (RFC 9110, 5.6.2).
+    target: as sent, `bytes`, visible ASCII.
+    version: "1.0" or "1.1".
+    headers: (lower-case name, value without surrounding white space) in order, duplicates kept.
+    raw_path, query: the target split at its first `?`, still encoded; the query is b"" when there is none.
+    content_length: bytes, or None when not declared. chunked: the body has chunked framing.
+    keep_alive: what the client wishes. expect: it waits for `100 Continue`.
+    """
+
+    __slots__ = (
+        "chunked",
+        "content_length",
+        "expect",
+        "headers",
+        "keep_alive",
+        "method",
+        "query",
+        "raw_path",
+        "target",
+        "version",
+    )
+
+    method: str
+    target: bytes
+    version: str
+    headers: Headers
+    raw_path: bytes
+    query: bytes
+    content_length: int | None
+    chunked: bool
+    keep_alive: bool
+    expect: bool
+
+    def __init__(self, method: str, target: bytes, version: str, headers: Headers) -> None:
+        self.method = method
+        self.target = target
+        self.version = version
+        self.headers = headers
+
+    @property
+    def has_body(self) -> bool:
+        return self.chunked or bool(self.content_length)
+
+
+class HeadParser(Protocol):
+    """Turns one complete, raw request head into a `RequestHead`.
+
+    A parser is found by its name in the entry point group `apphost.parsers`; the factory is called without arguments,
+    once per worker, and the object serves all connections of that worker, one head at a time.
+    """
+
+    def parse(self, head: bytes) -> RequestHead:
+        """Parse `head`: request line, field lines and the empty line, all ended by CRLF, and not a byte more.
+
+        `strict.check_raw` has passed it already, so syntax, sizes and control bytes are in order; a parser that still
+        finds fault raises `BadRequest`. It must not keep state between calls: after any outcome the next head stands
+        on its own.
+        """
+        ...
+
+
+class Handler(Protocol):
+    """What an interface makes of one stream. The stream calls these on the event loop; none may block or raise."""
+
+    def body_arrived(self) -> None:
+        """There is more to `take_body`, or the body has ended. Not called for what was there at the start."""
+
+    def disconnected(self) -> None:
+        """The client has ended its side or is gone (`connected` tells): no more body will come. May be called again."""
+
+    def write_resumed(self) -> None:
+        """`writable` is true again."""
+
+    def describe(self) -> str:
+        """The request in a few words, for the log of a stuck worker."""
+        ...
+
+
+class Interface(Protocol):
+    """How an application is called; found by name in the entry point group `apphost.interfaces`."""
+
+    name: str
+
+    def handle(self, stream: Stream) -> Handler:
+        """Serve one request. Called on the event loop and must not block it; must not raise."""
+        ...
+
+
+class Stream(ABC):
+    """One request and its response, as an interface sees them. Not thread-safe: event loop only.
+
+    The response: `start` once, then `write` until `more` is false. What an application does wrong raises
+    `ResponseError`, `ValueError` or `TypeError` and puts nothing on the wire.
+    """
+
+    __slots__ = ()
+
+    head: RequestHead
+    context: Context
+    scheme: str
+    client: tuple[str, int] | None
+    server: tuple[str, int | None]
+
+    # -- request body
+
+    @abstractmethod
+    def take_body(self) -> tuple[bytes, bool]:
+        """What has arrived of the body and whether more will come; `(b"", True)` when nothing has arrived yet.
+
+        Asking opens the flow: it sends `100 Continue` to a client that waits for it and resumes paused reading.
+        """
+
+    @property
+    @abstractmethod
+    def body_complete(self) -> bool:
+        """Whether the whole body has arrived (not: was taken)."""
+
+    # -- response
+
+    @property
+    @abstractmethod
+    def writable(self) -> bool:
+        """False while the client does not read as fast as we write: wait for `write_resumed`."""
+
+    @property
+    @abstractmethod
+    def connected(self) -> bool:
+        """False once nothing can reach the client any more; `start` and `write` then do nothing."""
+
+    @property
+    @abstractmethod
+    def started(self) -> bool:
+        """Whether the head of the response is on the wire: from then on an error can only end the connection."""
+
+    @property
+    @abstractmethod
+    def complete(self) -> bool:
+        """Whether the response is finished, well or badly."""
+
+    @abstractmethod
+    def start(self, head: ResponseHead) -> None:
+        """Take the head of the response and hold it until the first `write`, which decides its framing.
+
+        Calling it again before the head is on the wire replaces the held head (WSGI's exc_info needs that).
+        """
+
+    @abstractmethod
+    def write(self, data: bytes, more: bool) -> None:
+        """Send a piece of the body; `more=False` ends the response."""
+
+    def lend_socket(self, head: ResponseHead, count: int) -> tuple[int, bytes] | None:
+        """Start a response whose `count` bytes of body the caller sends itself (sendfile), past the stream.
+
+        (a duplicate of the socket's descriptor, the bytes of the head to send first), both for the caller to use from
+        any thread; it closes the descriptor and calls `return_socket`, or `fail`. None where it is not possible (TLS,
+        unsent bytes, no body wanted): then nothing has happened.
+        """
+        return None
+
+    def return_socket(self, count: int) -> None:
+        """All of the response has gone out through the lent socket."""
+        raise ResponseError("no socket was lent")
+
+    @abstractmethod
+    def fail(self) -> None:
+        """The application failed: answer 500 when the head is not on the wire yet, else cut the connection."""
+
+    def extensions(self) -> dict[str, dict[str, Any]]:
+        """The ASGI extensions that work on this stream; a new dict each time."""
+        return {}

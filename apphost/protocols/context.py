@@ -1,0 +1,96 @@
+"""What the connections of one worker share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from apphost.logs import AccessLog, Log
+from apphost.protocols.base import Handler, HeadParser, Interface
+from apphost.protocols.deadlines import Deadlines
+from apphost.protocols.response import ServerFields
+from apphost.protocols.strict import Limits
+
+if TYPE_CHECKING:
+    from apphost.protocols.http1 import Connection
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """In seconds; each ends one kind of waiting for a client."""
+
+    keep_alive: float = 75.0  # for the next request
+    request_header: float = 15.0  # for the first byte of the first request, and for the rest of any head
+    request_body: float = 30.0  # for the next byte of a body
+    write: float = 60.0  # for the client to read on
+    linger: float = 5.0  # for the client's end of the connection after an early answer (nginx: lingering_timeout 5 s)
+
+
+class Context:
+    """Shared by all connections of a worker; the worker makes one. Event loop only.
+
+    interface: to be set before the first connection is made.
+    draining: no new requests are wanted; every response says `Connection: close`.
+    requests: responses finished so far, of all connections.
+    on_request: called after each finished response (recycling counts them). on_closed: after a connection has ended.
+    """
+
+    __slots__ = (
+        "access_log",
+        "active",
+        "connections",
+        "deadlines",
+        "draining",
+        "interface",
+        "limits",
+        "log",
+        "loop",
+        "on_closed",
+        "on_request",
+        "parser",
+        "requests",
+        "server_fields",
+        "timeouts",
+        "underscores",
+    )
+
+    interface: Interface
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        parser: HeadParser,
+        log: Log,
+        *,
+        limits: Limits | None = None,
+        timeouts: Timeouts | None = None,
+        server_fields: ServerFields | None = None,
+        access_log: AccessLog | None = None,
+        underscores: str = "drop",
+    ) -> None:
+        self.loop = loop
+        self.parser = parser
+        self.log = log
+        self.limits = limits or Limits()
+        self.timeouts = timeouts or Timeouts()
+        self.server_fields = server_fields or ServerFields(date=True, server=True)
+        self.access_log = access_log
+        self.underscores = underscores
+        self.deadlines: Deadlines[Connection] = Deadlines()
+        self.connections: set[Connection] = set()
+        self.active: set[Handler] = set()
+        self.draining = False
+        self.requests = 0
+        self.on_request: Callable[[], None] = _nothing
+        self.on_closed: Callable[[], None] = _nothing
+
+    def tick(self, now: float) -> None:
+        """End what has timed out. The worker calls this about twice a second."""
+        for connection in self.deadlines.due(now):
+            connection.timed_out(now)
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,256 @@
+"""One request and its response on an HTTP/1.1 connection: the `Stream` that interfaces drive."""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING
+
+from apphost.protocols.base import Handler, RequestHead, ResponseError, Stream
+from apphost.protocols.body import BodyDecoder
+from apphost.protocols.response import Framing, ResponseHead, check_written, decide_framing, finish_head
+
+if TYPE_CHECKING:
+    from apphost.protocols.http1 import Connection
+
+HIGH_WATER = 65536  # bytes of a body that wait for the application before reading pauses: one socket read more or less
+COPY_MAX = 16384  # bytes of a body that are cheaper to copy behind the head than to write separately
+DISCARD_MAX = 65536  # bytes of an unread body that are worth reading to keep the connection
+
+
+class Progress(enum.Enum):
+    """How far a response is."""
+
+    NONE = enum.auto()  # nothing from the application yet
+    HELD = enum.auto()  # its head is known and held back, so that an error can still become a 500
+    BODY = enum.auto()  # the head is on the wire
+    DONE = enum.auto()  # finished, well or badly: nothing more goes out
+
+
+class Exchange(Stream):
+    """See `Stream`. Owned by its connection, which feeds it the body and takes the connection back when it is done."""
+
+    __slots__ = (
+        "_chunks",
+        "_framing",
+        "_remaining",
+        "_response",
+        "buffered",
+        "client",
+        "connection",
+        "context",
+        "decoder",
+        "expect",
+        "handler",
+        "head",
+        "keep_alive",
+        "progress",
+        "scheme",
+        "sent",
+        "server",
+        "started_at",
+        "status",
+    )
+
+    handler: Handler
+    _response: ResponseHead
+    _framing: Framing
+
+    def __init__(self, connection: Connection, head: RequestHead, decoder: BodyDecoder | None) -> None:
+        self.connection = connection
+        self.context = connection.context
+        self.scheme = connection.scheme
+        self.client = connection.client
+        self.server = connection.server
+        self.head = head
+        self.decoder = decoder
+        self.expect = head.expect
+        self.keep_alive = head.keep_alive
+        self.progress = Progress.NONE
+        self.status = 0
+        self.sent = 0
+        self.started_at = 0.0
+        if decoder is not None:
+            self._chunks: list[bytes] = []
+            self.buffered = 0
+
+    # -- request body
+
+    def feed(self, data: bytes) -> bytes:
+        """Take bytes off the wire; what is left over after the end of the body. Raises `BadRequest`."""
+        decoder = self.decoder
+        assert decoder is not None
+        body, rest = decoder.feed(data)
+        self.expect = False
+        if body and self.progress is not Progress.DONE:
+            self._chunks.append(body)
+        self.buffered += len(body)
+        return rest
+
+    def take_body(self) -> tuple[bytes, bool]:
+        decoder = self.decoder
+        if decoder is None:
+            return b"", False
+        chunks = self._chunks
+        if chunks:
+            data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+            chunks.clear()
+            self.buffered = 0
+            self.connection.body_taken()
+            return data, not decoder.done
+        if decoder.done:
+            return b"", False
+        if self.expect and self.progress in (Progress.NONE, Progress.HELD):
+            self.expect = False
+            self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.connection.body_taken()
+        return b"", True
+
+    @property
+    def body_complete(self) -> bool:
+        return self.decoder is None or self.decoder.done
+
+    # -- response
+
+    @property
+    def writable(self) -> bool:
+        return not self.connection.write_paused
+
+    @property
+    def connected(self) -> bool:
+        return self.connection.connected
+
+    @property
+    def started(self) -> bool:
+        return self.progress is Progress.BODY or self.progress is Progress.DONE
+
+    @property
+    def complete(self) -> bool:
+        return self.progress is Progress.DONE
+
+    def start(self, head: ResponseHead) -> None:
+        if self.progress is Progress.BODY or self.progress is Progress.DONE:
+            if not self.connection.connected:
+                return
+            raise ResponseError("the response has started already")
+        self._response = head
+        self.status = head.status
+        self.progress = Progress.HELD
+
+    def write(self, data: bytes, more: bool) -> None:
+        size = len(data)
+        if self.progress is Progress.HELD:
+            known = None if more else size
+            self._decide(known)
+            self._check(size, more)
+            out = self._finish_head(known)
+            self.progress = Progress.BODY
+        elif self.progress is Progress.BODY:
+            self._check(size, more)
+            out = b""
+        elif self.progress is Progress.NONE:
+            raise ResponseError("the response body came before the response start")
+        elif self.connection.connected:
+            raise ResponseError("the response is complete already")
+        else:
+            return
+        if self._framing is Framing.NONE or self.head.method == "HEAD":
+            if out:
+                self.connection.write(out)
+        else:
+            self._write_body(out, data, size, more)
+        if not more:
+            self.progress = Progress.DONE
+            self.connection.response_done(self)
+
+    def _check(self, size: int, more: bool) -> None:
+        if self._framing is Framing.LENGTH and self.head.method != "HEAD":
+            check_written(Framing.LENGTH, self._remaining, size, more)
+            self._remaining -= size
+
+    def _decide(self, known: int | None) -> None:
+        response = self._response
+        self._framing = framing = decide_framing(self.head.version == "1.1", response, known)
+        if framing is Framing.LENGTH:
+            declared = response.content_length
+            self._remaining = declared if declared is not None else known or 0
+
+    def _finish_head(self, known: int | None) -> bytes:
+        response = self._response
+        modern = self.head.version == "1.1"
+        self.keep_alive = (
+            self.keep_alive
+            and not response.close
+            and not self.context.draining
+            and self._framing is not Framing.CLOSE
+            and response.status >= 200
+            and (self.decoder is None or self.decoder.done or self._worth_discarding())
+        )
+        if self.head.method == "HEAD" and known == 0:
+            known = None  # nothing says that GET would have an empty body too
+        fields = self.context.server_fields
+        extra = fields.missing(response)
+        return finish_head(response, self._framing, modern, known, self.keep_alive, extra)
+
+    def _worth_discarding(self) -> bool:
+        """Whether the rest of an unread body is small enough to read it for the sake of the connection.
+
+        A client that still waits for `100 Continue` may or may not send the body now, so where the next request
+        begins cannot be told (RFC 9110, 10.1.1).
+        """
+        declared = self.head.content_length
+        return not self.expect and (declared is None or declared <= DISCARD_MAX + self.buffered)
+
+    def _write_body(self, out: bytes, data: bytes, size: int, more: bool) -> None:
+        connection = self.connection
+        self.sent += size
+        if self._framing is Framing.CHUNKED:
+            end = b"" if more else b"0\r\n\r\n"
+            if size > COPY_MAX:
+                connection.write_many([out + b"%x\r\n" % size, data, b"\r\n" + end])
+                return
+            out += (b"%x\r\n%b\r\n" % (size, data) if size else b"") + end
+            data = b""
+        elif size > COPY_MAX:
+            connection.write_many([out, data] if out else [data])
+            return
+        if out or data:
+            connection.write(out + data if out else data)
+
+    def lend_socket(self, head: ResponseHead, count: int) -> tuple[int, bytes] | None:
+        connection = self.connection
+        if not connection.connected or self.started or self.head.method == "HEAD":
+            return None
+        fd = connection.lendable_socket()
+        if fd is None:
+            return None
+        self.start(head)
+        self._decide(count)
+        self._remaining = count
+        out = self._finish_head(count)
+        self.progress = Progress.BODY
+        return fd, out
+
+    def return_socket(self, count: int) -> None:
+        if self.progress is Progress.BODY:
+            self.sent += count
+            self.progress = Progress.DONE
+            self.connection.response_done(self)
+
+    def fail(self) -> None:
+        if self.progress is Progress.DONE:
+            return
+        started = self.progress is Progress.BODY
+        self.progress = Progress.DONE
+        self.connection.response_failed(self, started)
+
+    @property
+    def ends_with_connection(self) -> bool:
+        """Whether the client takes the end of the connection for the end of the body; asked once the head is out."""
+        return self._framing is Framing.CLOSE
+
+    # -- for the connection
+
+    def client_gone(self) -> None:
+        """Nothing reaches the client any more."""
+        self.progress = Progress.DONE
+        self.handler.disconnected()

@@ -1,0 +1,507 @@
+"""The HTTP/1.1 connection: the only one, whatever parser reads its heads and whatever interface answers.
+
+Requests on a connection are served strictly one after the other; pipelined ones wait in a bounded buffer. What arrives
+is handled according to the phase that the connection is in; the table `_BEHAVIOUR` says how.
+
+    WAITING --> HEAD --> BUSY --> WAITING ...            the life of a keep-alive connection
+                           +----> DISCARDING --> WAITING  an unread body is read away first
+    any -----------------------> LINGERING --> CLOSED     an early answer: ours is said, the client may still talk
+    any -----------------------> CLOSED
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import os
+import re
+import socket
+import struct
+from collections.abc import Callable
+from typing import cast
+
+from apphost.protocols import strict
+from apphost.protocols.base import BadRequest, RequestHead
+from apphost.protocols.body import decoder_for
+from apphost.protocols.context import Context
+from apphost.protocols.deadlines import NEVER, RESOLUTION
+from apphost.protocols.exchange import DISCARD_MAX, HIGH_WATER, Exchange
+from apphost.protocols.response import error_response
+
+BUFFER_MAX = 65536  # bytes of pipelined requests that wait for their turn before reading pauses
+
+_LEADING_CRLF = re.compile(rb"(?:\r\n)+")  # RFC 9112, 2.2: some old clients send CRLF after a body
+_RESET = struct.pack("ii", 1, 0)  # SO_LINGER, on, 0 s: close sends RST
+
+
+class Phase(enum.Enum):
+    WAITING = "waiting"  # for the first byte of a request
+    HEAD = "head"  # a head is half received
+    BUSY = "busy"  # a request is being answered
+    DISCARDING = "discarding"  # answered, but the rest of its body must come before the next request can
+    LINGERING = "lingering"  # the last word is said; reading on, so that it is not lost to a reset (RFC 9112, 9.6)
+    CLOSED = "closed"
+
+
+class Connection(asyncio.Protocol):
+    """One client connection. Event loop only; the loop calls the `asyncio.Protocol` methods."""
+
+    __slots__ = (
+        "buffer",
+        "client",
+        "context",
+        "eof",
+        "exchange",
+        "phase",
+        "read_deadline",
+        "read_paused",
+        "requests",
+        "scanned",
+        "scheme",
+        "server",
+        "slot",
+        "transport",
+        "write_deadline",
+        "write_paused",
+    )
+
+    transport: asyncio.Transport
+    exchange: Exchange | None
+    client: tuple[str, int] | None
+    server: tuple[str, int | None]
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.phase = Phase.WAITING
+        self.buffer = b""
+        self.scanned = 0  # bytes of `buffer` in which the end of a head was looked for in vain
+        self.exchange = None
+        self.requests = 0
+        self.eof = False  # the client has ended its side
+        self.read_paused = False
+        self.write_paused = False
+        self.read_deadline = NEVER
+        self.write_deadline = NEVER
+        self.slot = 0
+        self.scheme = "http"
+
+    # -- the transport's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.client, self.server = _addresses(transport)
+        context = self.context
+        context.connections.add(self)
+        self._arm(context.loop.time() + context.timeouts.request_header)
+
+    def data_received(self, data: bytes) -> None:
+        if self.phase is Phase.WAITING:
+            self._take_head(data)
+        else:
+            _BEHAVIOUR[self.phase].data(self, data)
+
+    def eof_received(self) -> bool:
+        """The client has ended its side. It may still read (RFC 9112, 9.6), so what was asked for is answered."""
+        self.eof = True
+        _BEHAVIOUR[self.phase].eof(self)
+        return True  # the transport stays open until we close it
+
+    def pause_writing(self) -> None:
+        self.write_paused = True
+        self.write_deadline = self.context.loop.time() + self.context.timeouts.write
+        self.context.deadlines.watch(self)
+
+    def resume_writing(self) -> None:
+        self.write_paused = False
+        self.write_deadline = NEVER
+        if self.exchange is not None and self.phase is Phase.BUSY:
+            self.exchange.handler.write_resumed()
+        elif self.phase is Phase.WAITING:
+            self._pump()
+
+    def connection_lost(self, _exc: Exception | None) -> None:
+        context = self.context
+        phase = self.phase
+        self.phase = Phase.CLOSED
+        context.connections.discard(self)
+        context.deadlines.forget(self)
+        exchange = self.exchange
+        self.exchange = None
+        self.buffer = b""
+        if exchange is not None and phase is not Phase.DISCARDING:
+            exchange.client_gone()
+            if context.access_log is not None:
+                context.access_log.write(exchange, cut=True)
+        context.on_closed()
+
+    # -- request heads
+
+    def _take_head(self, data: bytes) -> None:
+        """Bytes while no request is in progress: begin one if its head is complete."""
+        if self.buffer:
+            data = self.buffer + data
+        if self.write_paused:  # the client pipelines without reading the answers
+            self._keep(data)
+            return
+        if data[0] == 0x0D and (leading := _LEADING_CRLF.match(data)) is not None:
+            data = data[leading.end() :]
+            self.scanned = 0
+        end = data.find(b"\r\n\r\n", self.scanned)
+        if end < 0:
+            self._take_partial(data)
+            return
+        self.buffer = b""
+        self.scanned = 0
+        end += 4
+        try:
+            head = self._parse(data[:end])
+            limits = self.context.limits
+            decoder = decoder_for(head.content_length, head.chunked, limits) if head.has_body else None
+            exchange = Exchange(self, head, decoder)
+            rest = data[end:]
+            if decoder is not None and rest:
+                rest = exchange.feed(rest)
+        except BadRequest as refusal:
+            self.refuse(refusal)
+            return
+        self.buffer = rest
+        self._begin(exchange)
+
+    def _take_partial(self, data: bytes) -> None:
+        self.buffer = data
+        if not data:
+            return
+        if data != b"\r":
+            try:
+                strict.check_partial(data, self.scanned, self.context.limits)
+            except BadRequest as refusal:
+                self.refuse(refusal)
+                return
+        self.scanned = max(len(data) - 3, 0)
+        if self.eof:
+            self.close()
+        elif self.phase is Phase.WAITING:
+            self.phase = Phase.HEAD
+            self._arm(self.context.loop.time() + self.context.timeouts.request_header)
+
+    def _parse(self, raw: bytes) -> RequestHead:
+        """A head that has passed every check. Raises `BadRequest`."""
+        context = self.context
+        limits = context.limits
+        strict.check_raw(raw, limits)
+        if len(raw) > limits.head:
+            raise BadRequest(431, "the request head is too large")
+        try:
+            head = context.parser.parse(raw)
+        except BadRequest:
+            strict.explain(raw)
+            raise
+        strict.examine(head, context.underscores)
+        return head
+
+    def _begin(self, exchange: Exchange) -> None:
+        context = self.context
+        self.exchange = exchange
+        self.phase = Phase.BUSY
+        self.requests += 1
+        self.read_deadline = NEVER
+        if exchange.decoder is not None:
+            self._mind_body(exchange)
+        if context.access_log is not None:
+            exchange.started_at = context.loop.time()
+        exchange.handler = context.interface.handle(exchange)
+
+    # -- request bodies
+
+    def _take_busy(self, data: bytes) -> None:
+        """Bytes while a request is in progress: its body, or requests that must wait."""
+        exchange = self.exchange
+        assert exchange is not None
+        if exchange.body_complete:
+            self._keep(self.buffer + data)
+            return
+        try:
+            self.buffer = exchange.feed(data)
+        except BadRequest as refusal:
+            self._refuse_body(exchange, refusal)
+            return
+        self._mind_body(exchange)
+        exchange.handler.body_arrived()
+
+    def _mind_body(self, exchange: Exchange) -> None:
+        """Pause when the application does not take the body as fast as it comes; else expect the next byte soon."""
+        if exchange.body_complete or exchange.expect:
+            self.read_deadline = NEVER
+        elif exchange.buffered > HIGH_WATER:
+            self.read_deadline = NEVER
+            self._pause()
+        else:
+            self._arm(self.context.loop.time() + self.context.timeouts.request_body)
+
+    def body_taken(self) -> None:
+        """The application has taken, or waits for, what there is of the body."""
+        exchange = self.exchange
+        if exchange is not None and not exchange.body_complete:
+            self._arm(self.context.loop.time() + self.context.timeouts.request_body)
+            self._resume()
+
+    def _refuse_body(self, exchange: Exchange, refusal: BadRequest) -> None:
+        """The body of a request in progress is wrong: an answer if that is still possible, and the end."""
+        if exchange.started:
+            self._cut(exchange)
+        else:
+            self.refuse(refusal)
+        exchange.client_gone()
+
+    def _discard(self, data: bytes) -> None:
+        """Bytes of a body that nobody will read."""
+        exchange = self.exchange
+        assert exchange is not None
+        try:
+            self.buffer = exchange.feed(data)
+        except BadRequest:
+            self.linger()
+            return
+        if exchange.body_complete:
+            self._next()
+        elif exchange.buffered > DISCARD_MAX:
+            self.linger()
+
+    def _keep(self, data: bytes) -> None:
+        self.buffer = data
+        if len(data) > BUFFER_MAX:
+            self._pause()
+
+    # -- responses
+
+    @property
+    def connected(self) -> bool:
+        return self.phase is Phase.BUSY
+
+    def write(self, data: bytes) -> None:
+        self.transport.write(data)
+
+    def write_many(self, pieces: list[bytes]) -> None:
+        self.transport.writelines(pieces)
+
+    def lendable_socket(self) -> int | None:
+        """A duplicate of the socket's descriptor for writing past the transport, None when that cannot be done."""
+        transport = self.transport
+        sock = transport.get_extra_info("socket")
+        if sock is None or transport.get_extra_info("sslcontext") is not None or transport.get_write_buffer_size():
+            return None
+        return os.dup(sock.fileno())
+
+    def response_done(self, exchange: Exchange) -> None:
+        """The response is complete; the application may go on working, the connection does not wait for it."""
+        context = self.context
+        context.requests += 1
+        if context.access_log is not None:
+            context.access_log.write(exchange)
+        if not exchange.keep_alive:
+            if exchange.body_complete and not self.buffer:
+                self.close()
+            else:
+                self.linger()
+        elif exchange.body_complete:
+            self._next()
+        else:
+            self.phase = Phase.DISCARDING
+            exchange.buffered = 0
+            self._arm(context.loop.time() + context.timeouts.request_body)
+            self._resume()
+        context.on_request()
+
+    def response_failed(self, exchange: Exchange, started: bool) -> None:
+        """The application failed: 500 if its head is not out yet, else never a clean end (ASGI, PEP 3333)."""
+        if self.phase is not Phase.BUSY:
+            return
+        if started:
+            self._cut(exchange)
+        else:
+            exchange.status = 500
+            self._answer(500, "the application failed", exchange.head.method)
+        self.context.requests += 1
+        if self.context.access_log is not None:
+            self.context.access_log.write(exchange, cut=started)
+        self.context.on_request()
+
+    def _next(self) -> None:
+        """Ready for the next request."""
+        self.exchange = None
+        self.phase = Phase.WAITING
+        self._arm(self.context.loop.time() + self.context.timeouts.keep_alive)
+        if self.buffer:
+            # Not at once: answers to pipelined requests must not nest, and other connections want their turn.
+            self.context.loop.call_soon(self._pump)
+        elif self.eof:
+            self.close()
+        if self.read_paused:
+            self._resume()
+
+    def _pump(self) -> None:
+        if self.phase is Phase.WAITING and self.buffer and not self.write_paused:
+            data, self.buffer = self.buffer, b""
+            self._take_head(data)
+
+    # -- ends
+
+    def refuse(self, refusal: BadRequest) -> None:
+        """Answer a request that breaks the rules; nothing after it is processed."""
+        self.context.log.debug(f"refused a request from {self.peer}: {refusal.status} {refusal.why}")
+        if self.context.access_log is not None:
+            self.context.access_log.write_refusal(self, refusal.status)
+        self._answer(refusal.status, refusal.why, "")
+
+    def _answer(self, status: int, why: str, method: str) -> None:
+        response = error_response(status, why, self.context.server_fields.both())
+        if method == "HEAD":
+            response = response[: response.index(b"\r\n\r\n") + 4]
+        self.transport.write(response)
+        self.linger()
+
+    def close(self) -> None:
+        """Close after what is written has gone out."""
+        self.exchange = None
+        self.phase = Phase.CLOSED
+        self._arm(self.context.loop.time() + self.context.timeouts.write)
+        self.transport.close()
+
+    def linger(self) -> None:
+        """Say that nothing more comes, and read on for a while: closing with unread bytes would send a reset, and a
+        reset can destroy the answer on its way (RFC 9112, 9.6)."""
+        self.exchange = None
+        self.buffer = b""
+        if self.eof or self.transport.is_closing() or not self.transport.can_write_eof():
+            self.close()
+            return
+        self.phase = Phase.LINGERING
+        self._arm(self.context.loop.time() + self.context.timeouts.linger)
+        self.transport.write_eof()
+        self._resume()
+
+    def _cut(self, exchange: Exchange) -> None:
+        """End the connection so that the client sees that the response is incomplete."""
+        ends_with_connection = exchange.ends_with_connection
+        if ends_with_connection:
+            self.abort()
+        else:
+            self.linger()
+
+    def abort(self) -> None:
+        """End at once, with a reset."""
+        self.exchange = None
+        self.phase = Phase.CLOSED
+        sock: socket.socket | None = self.transport.get_extra_info("socket")
+        if sock is not None and sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        self.transport.abort()
+
+    def drain(self, deadline: float) -> None:
+        """The worker wants to go: an idle connection is closed at `deadline` if it stays silent; the response to its
+        next request, or to the one in progress, says `Connection: close`."""
+        if self.phase is Phase.WAITING and not self.buffer and deadline < self.read_deadline:
+            self._arm(deadline)
+
+    # -- the end of the client's side
+
+    def _eof_idle(self) -> None:
+        if not self.buffer or self.phase is Phase.HEAD:
+            self.close()
+
+    def _eof_busy(self) -> None:
+        exchange = self.exchange
+        assert exchange is not None
+        if exchange.body_complete:
+            exchange.handler.disconnected()
+        else:
+            self.close()
+            exchange.client_gone()
+
+    # -- time-outs
+
+    @property
+    def deadline(self) -> float:
+        return self.read_deadline if self.read_deadline < self.write_deadline else self.write_deadline
+
+    def timed_out(self, now: float) -> None:
+        if self.write_deadline <= now:
+            exchange = self.exchange
+            self.abort()
+            if exchange is not None:
+                exchange.client_gone()
+        else:
+            self.read_deadline = NEVER
+            _BEHAVIOUR[self.phase].timeout(self)
+
+    def _timeout_head(self) -> None:
+        self.refuse(BadRequest(408, "the request head did not come in time"))
+
+    def _timeout_body(self) -> None:
+        exchange = self.exchange
+        assert exchange is not None
+        self._refuse_body(exchange, BadRequest(408, "the request body did not come in time"))
+
+    def _arm(self, deadline: float) -> None:
+        self.read_deadline = deadline
+        if not self.slot or deadline < self.slot * RESOLUTION - RESOLUTION:
+            self.context.deadlines.watch(self)
+
+    # -- flow of the client's bytes
+
+    def _pause(self) -> None:
+        if not self.read_paused and not self.eof:
+            self.read_paused = True
+            self.transport.pause_reading()
+
+    def _resume(self) -> None:
+        if self.read_paused:
+            self.read_paused = False
+            if not self.transport.is_closing():
+                self.transport.resume_reading()
+
+    @property
+    def peer(self) -> str:
+        """The client for logs: `127.0.0.1:4711`, or `unix`."""
+        return f"{self.client[0]}:{self.client[1]}" if self.client else "unix"
+
+    def _ignore(self, _data: bytes = b"") -> None:
+        pass
+
+
+class _Behaviour:
+    """What a connection does in one phase when bytes come, when the client ends its side, when its time is up."""
+
+    __slots__ = ("data", "eof", "timeout")
+
+    def __init__(
+        self,
+        data: Callable[[Connection, bytes], None],
+        eof: Callable[[Connection], None],
+        timeout: Callable[[Connection], None],
+    ) -> None:
+        self.data = data
+        self.eof = eof
+        self.timeout = timeout
+
+
+_BEHAVIOUR = {
+    Phase.WAITING: _Behaviour(Connection._take_head, Connection._eof_idle, Connection.close),
+    Phase.HEAD: _Behaviour(Connection._take_head, Connection._eof_idle, Connection._timeout_head),
+    Phase.BUSY: _Behaviour(Connection._take_busy, Connection._eof_busy, Connection._timeout_body),
+    Phase.DISCARDING: _Behaviour(Connection._discard, Connection.close, Connection.linger),
+    Phase.LINGERING: _Behaviour(Connection._ignore, Connection.close, Connection.close),
+    Phase.CLOSED: _Behaviour(Connection._ignore, Connection._ignore, Connection.abort),
+}
+
+
+def _addresses(transport: asyncio.BaseTransport) -> tuple[tuple[str, int] | None, tuple[str, int | None]]:
+    """Client and server in the form of the ASGI scope: (host, port), two items for IPv6 too; a Unix socket has no
+    client, and its server is (path, None)."""
+    own = transport.get_extra_info("sockname")
+    if isinstance(own, tuple):
+        peer = transport.get_extra_info("peername")
+        client = (peer[0], peer[1]) if isinstance(peer, tuple) else None
+        return client, (own[0], own[1])
+    path = own.decode("utf-8", "surrogateescape") if isinstance(own, bytes) else own or ""
+    return None, (path, None)

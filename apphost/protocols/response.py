@@ -1,0 +1,207 @@
+"""The head of a response: checked, serialised, and the framing of its body decided. Pure, the same for all parsers."""
+
+from __future__ import annotations
+
+import enum
+import re
+import time
+from collections.abc import Iterable
+from email.utils import formatdate
+from http import HTTPStatus
+
+from apphost.protocols.base import ResponseError
+
+_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2: token
+
+
+class Framing(enum.Enum):
+    """How the end of a response's body is told (RFC 9112, 6.3)."""
+
+    NONE = enum.auto()  # there is no body, whatever the application writes: HEAD, 1xx, 204, 304
+    LENGTH = enum.auto()  # Content-Length
+    CHUNKED = enum.auto()
+    CLOSE = enum.auto()  # the end of the connection: HTTP/1.0 without a length
+
+
+class Field(enum.IntEnum):
+    """Fields of a response that the server itself must understand; PLAIN ones pass as they are."""
+
+    PLAIN = 0
+    CONTENT_LENGTH = 1
+    TRANSFER_ENCODING = 2
+    CONNECTION = 3
+    DATE = 4
+    SERVER = 5
+
+
+_SPECIAL = {
+    b"content-length": Field.CONTENT_LENGTH,
+    b"transfer-encoding": Field.TRANSFER_ENCODING,
+    b"connection": Field.CONNECTION,
+    b"date": Field.DATE,
+    b"server": Field.SERVER,
+}
+_KNOWN: dict[bytes, int] = {}
+_KNOWN_MAX = 1024  # an application uses a few dozen names; a bound, so that one which makes names up costs no memory
+
+
+def _learn(name: bytes) -> int:
+    """The kind of a name that has not been seen before. Raises `ValueError` or `TypeError` for what is no name."""
+    if not isinstance(name, bytes):
+        raise TypeError(f"a header name must be bytes, not {type(name).__name__}")
+    if _NAME.fullmatch(name) is None:
+        raise ValueError(f"not a header name: {name!r}")
+    kind = int(_SPECIAL.get(name.lower(), Field.PLAIN))
+    if len(_KNOWN) < _KNOWN_MAX:
+        _KNOWN[name] = kind
+    return kind
+
+
+class ResponseHead:
+    """What an application gave for the head of its response, checked and serialised as far as it can be yet.
+
+    `lines` are complete field lines in the application's order; a declared Content-Length is kept at its place
+    (`length_at`), `Connection` and `Transfer-Encoding` are not: framing is the server's business.
+    """
+
+    __slots__ = ("close", "content_length", "has_date", "has_server", "length_at", "lines", "status")
+
+    def __init__(self, status: int, headers: Iterable[tuple[bytes, bytes]], reason: bytes | None = None) -> None:
+        """Raises `TypeError` or `ValueError` for whatever may not stand in a head; nothing was sent then."""
+        lines = [status_line(status) if reason is None else custom_status_line(status, reason)]
+        self.status = status
+        self.lines = lines
+        self.content_length: int | None = None
+        self.length_at = 0
+        self.close = self.has_date = self.has_server = False
+        known = _KNOWN
+        for name, value in headers:
+            kind = known.get(name)
+            if kind is None:
+                kind = _learn(name)
+            if kind and not self._take_special(kind, value):
+                continue
+            lines.append(b"%b: %b\r\n" % (name, value))
+        # One look at all lines together: each has its one CRLF, so nothing in a value can have smuggled in another.
+        text = b"".join(lines)
+        if text.count(b"\n") != len(lines) or text.count(b"\r") != len(lines) or b"\0" in text:
+            raise ValueError("a header value contains CR, LF or NUL")
+
+    def _take_special(self, kind: int, value: bytes) -> bool:
+        """Note what a special field says; whether its line is kept."""
+        if kind == Field.CONTENT_LENGTH:
+            text = bytes(value).strip()
+            if not text.isdigit():
+                raise ValueError(f"not a Content-Length: {value!r}")
+            if self.content_length is not None:
+                if self.content_length != int(text):
+                    raise ValueError("two different values for Content-Length")
+                return False
+            self.content_length = int(text)
+            self.length_at = len(self.lines)
+        elif kind == Field.DATE:
+            self.has_date = True
+        elif kind == Field.SERVER:
+            self.has_server = True
+        else:
+            if kind == Field.CONNECTION and b"close" in bytes(value).lower():
+                self.close = True
+            return False
+        return True
+
+
+def decide_framing(modern: bool, head: ResponseHead, known_length: int | None) -> Framing:
+    """How the body of a response to anything but HEAD ends; a response to HEAD says the same, and then has no body.
+
+    `known_length` is the size of the body in bytes where the first write is also the last.
+    """
+    status = head.status
+    if status == 204 or status == 304 or status < 200:
+        return Framing.NONE
+    if head.content_length is not None or known_length is not None:
+        return Framing.LENGTH
+    return Framing.CHUNKED if modern else Framing.CLOSE
+
+
+def finish_head(
+    head: ResponseHead, framing: Framing, modern: bool, known_length: int | None, keep_alive: bool, extra: bytes
+) -> bytes:
+    """The bytes of the head. `known_length`: the Content-Length to add if the application gave none; `extra`: complete
+    lines for Date and Server."""
+    lines = head.lines
+    if head.content_length is not None:
+        if head.status == 204 or head.status < 200:
+            del lines[head.length_at]  # RFC 9110, 8.6
+    elif framing is Framing.LENGTH and known_length is not None:
+        lines.append(b"content-length: %d\r\n" % known_length)
+    elif framing is Framing.CHUNKED:
+        lines.append(b"transfer-encoding: chunked\r\n")
+    if not keep_alive:
+        lines.append(b"connection: close\r\n")
+    elif not modern:
+        lines.append(b"connection: keep-alive\r\n")
+    lines.append(extra)
+    lines.append(b"\r\n")
+    return b"".join(lines)
+
+
+_STATUS_LINES = {status.value: b"HTTP/1.1 %d %b\r\n" % (status, status.phrase.encode()) for status in HTTPStatus}
+
+
+def status_line(status: int) -> bytes:
+    """The status line, with an empty reason for an unknown code. Raises `TypeError`, `ValueError` (100 to 999)."""
+    line = _STATUS_LINES.get(status)
+    if line is None or type(status) is not int:
+        line = custom_status_line(status, b"")
+    return line
+
+
+def custom_status_line(status: int, reason: bytes) -> bytes:
+    if not isinstance(status, int) or isinstance(status, bool):
+        raise TypeError(f"a status must be an int, not {type(status).__name__}")
+    if not 100 <= status <= 999:
+        raise ValueError(f"not a status: {status}")
+    return b"HTTP/1.1 %d %b\r\n" % (status, reason)
+
+
+class ServerFields:
+    """The lines for Date and Server, rendered anew once a second at most."""
+
+    __slots__ = ("_cache", "_date", "_second", "_server")
+
+    def __init__(self, *, date: bool, server: bool) -> None:
+        self._date = date
+        self._server = b"server: apphost\r\n" if server else b""
+        self._second = -1
+        self._cache = self._server
+
+    def both(self) -> bytes:
+        second = int(time.time())
+        if second != self._second and self._date:
+            self._second = second
+            self._cache = b"date: %b\r\n%b" % (formatdate(second, usegmt=True).encode("ascii"), self._server)
+        return self._cache
+
+    def missing(self, head: ResponseHead) -> bytes:
+        """The lines of those two that the application has not given itself (RFC 9110, 6.6.1 and 10.2.4)."""
+        both = self.both()
+        if not head.has_date and not head.has_server:
+            return both
+        lines = both.splitlines(keepends=True)
+        given = ((b"date:", head.has_date), (b"server:", head.has_server))
+        return b"".join(line for line in lines if not any(line.startswith(name) and has for name, has in given))
+
+
+def error_response(status: int, why: str, extra: bytes) -> bytes:
+    """A whole response of the server's own: plain text, our words only, and the end of the connection."""
+    body = f"{status} {HTTPStatus(status).phrase}: {why}\n".encode()
+    head = ResponseHead(status, [(b"content-type", b"text/plain; charset=utf-8")])
+    return finish_head(head, Framing.LENGTH, True, len(body), False, extra) + body
+
+
+def check_written(framing: Framing, remaining: int, size: int, more: bool) -> None:
+    """Raise `ResponseError` when `size` further bytes do not fit what the head has announced (`remaining` bytes)."""
+    if framing is Framing.LENGTH and size > remaining:
+        raise ResponseError(f"the response body is longer than its Content-Length: {size - remaining} bytes too many")
+    if framing is Framing.LENGTH and not more and size < remaining:
+        raise ResponseError(f"the response body is shorter than its Content-Length: {remaining - size} bytes missing")

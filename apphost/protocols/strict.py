@@ -1,0 +1,230 @@
+"""The strict layer: what a request must look like before any parser or application may see it.
+
+Two steps, the same for every parser. `check_raw` looks at the bytes of a head; `examine` looks at the parsed head and
+decides its framing. Parsers are lenient, each in its own way, and a difference in leniency between two hops is what
+request smuggling is made of; so whatever one parser would let pass and another would not is refused here first.
+
+Sources: RFC 9112 (HTTP/1.1 syntax), RFC 9110 (semantics), and the security history of other servers.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from apphost.protocols.base import BadRequest, Headers, RequestHead
+
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110, 5.6.2
+_VALUE = rb"[\t\x20-\x7e\x80-\xff]*"  # RFC 9110, 5.5: no control byte but HTAB, so no NUL, bare CR or bare LF
+
+_REQUEST_LINE = re.compile(_TOKEN + rb" [!-~]+ HTTP/([0-9]\.[0-9])\r\n")
+_FIELD_LINES = re.compile(rb"(?:" + _TOKEN + rb":" + _VALUE + rb"\r\n)*\r\n")
+_FIELD_LINE = re.compile(_TOKEN + rb":" + _VALUE)
+_TOKEN_ONLY = re.compile(_TOKEN)
+
+# RFC 3986, 3.2.2: a reg-name (IPv4 is spelt in its alphabet) or an IP literal in brackets; RFC 9110, 7.2: may be empty.
+_IP_LITERAL = rb"\[(?:[0-9A-Fa-f:.]+|[vV][0-9A-Fa-f]+\.[!$&'()*+,;=\-._~:0-9A-Za-z]+)\]"
+_REG_NAME = rb"(?:[!$&'()*+,;=\-._~0-9A-Za-z]|%[0-9A-Fa-f]{2})*"
+_HOST = re.compile(rb"(?:" + _IP_LITERAL + rb"|" + _REG_NAME + rb")(?::[0-9]{0,5})?")
+_ABSOLUTE = re.compile(rb"(?i:https?)://([^/?]+)(.*)", re.DOTALL)
+_DIGITS = re.compile(rb"[0-9]{1,19}")  # 19 digits stay below 2**64, the bound that h11 and llhttp have as well
+
+VERSIONS = (b"1.0", b"1.1")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much a client may send before anything is known of it; sizes in bytes, 0 for the body: no limit."""
+
+    request_line: int = 8190  # what Apache and gunicorn's upper bound allow
+    fields: int = 100  # Apache, gunicorn
+    field_size: int = 8190  # Apache, gunicorn; one line without its CRLF
+    head: int = 65536  # the most that widely used servers buffer (Node 16 KiB, nginx 32 KiB, Apache about 800 KiB)
+    body: int = 0
+    chunk_extension: int = 256  # nothing uses them; Go allows 16 bytes on average per chunk
+    trailers: int = 8192
+
+
+def check_first_line(data: bytes, limits: Limits) -> int:
+    """Check a request line that is complete in `data`, at its start; the offset of the first field line.
+
+    Raises `BadRequest`: 414 too long, 505 a version other than 1.0 and 1.1, 400 anything else.
+    """
+    match = _REQUEST_LINE.match(data)
+    if match is None:
+        if data.find(b"\n") - 1 > limits.request_line:
+            raise BadRequest(414, "the request line is too long")
+        raise BadRequest(400, "the request line is malformed")
+    if match.end() - 2 > limits.request_line:
+        raise BadRequest(414, "the request line is too long")
+    if match[1] not in VERSIONS:
+        raise BadRequest(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
+    return match.end()
+
+
+def check_raw(head: bytes, limits: Limits) -> None:
+    """Check the bytes of one complete head (up to and including its empty line). Raises `BadRequest`."""
+    start = check_first_line(head, limits)
+    if _FIELD_LINES.fullmatch(head, start) is None:
+        raise BadRequest(400, "a header field line is malformed")
+    if len(head) - start > limits.field_size and _longest_line(head, start) > limits.field_size:
+        raise BadRequest(431, "a header field is too large")
+    # The regular expression has seen that every LF ends a line: the request line and the empty line are the other two.
+    if head.count(b"\n") - 2 > limits.fields:
+        raise BadRequest(431, "too many header fields")
+
+
+def _longest_line(head: bytes, start: int) -> int:
+    return max(map(len, head[start:].split(b"\r\n")))
+
+
+def is_field_line(line: bytes) -> bool:
+    """Whether `line`, without its CRLF, is a well-formed field line (for trailers)."""
+    return _FIELD_LINE.fullmatch(line) is not None
+
+
+def split_fields(head: bytes) -> Headers:
+    """The fields of a head that `check_raw` has passed, as sent but for the case of names and outer white space.
+
+    For the seldom case that a parser has refused or normalised what must be judged as it was sent.
+    """
+    fields = []
+    for line in head.split(b"\r\n")[1:-2]:
+        name, _, value = line.partition(b":")
+        fields.append((name.lower(), value.strip(b" \t")))
+    return fields
+
+
+def explain(head: bytes) -> None:
+    """Raise the `BadRequest` that `examine` has for a head which a parser refused.
+
+    Parsers find different faults first; so that the answer does not depend on the parser, ours is preferred.
+    """
+    method, target, version = head[: head.index(b"\r\n")].decode("latin-1").split(" ")
+    examine(RequestHead(method, target.encode("latin-1"), version[5:], split_fields(head)))
+
+
+def check_partial(data: bytes, scanned: int, limits: Limits) -> None:
+    """Check the beginning of a head whose end has not come; `scanned` bytes of it passed an earlier call.
+
+    So nobody waits for a time-out to learn that a head can only be refused, and no head grows without bound.
+    """
+    first = data.find(b"\n")
+    if first < 0:
+        if len(data) > limits.request_line + 2:
+            raise BadRequest(414, "the request line is too long")
+        if scanned == 0 and not _TOKEN_ONLY.match(data):
+            raise BadRequest(400, "the request line is malformed")
+    elif first >= scanned:
+        check_first_line(data, limits)
+    lf = data.find(b"\n", max(scanned, 1))
+    while lf >= 0:
+        if data[lf - 1] != 0x0D:
+            raise BadRequest(400, "a header field line is malformed")
+        lf = data.find(b"\n", lf + 1)
+    if len(data) > limits.head:
+        raise BadRequest(431, "the request head is too large")
+
+
+def examine(head: RequestHead, underscores: str = "drop") -> None:
+    """Check what the fields of a parsed head mean together, and fill in the framing attributes of `head`.
+
+    `underscores` is what happens to fields with `_` in their name ("drop", "refuse", "allow"): once `-` has become `_`
+    in CGI variables, `X_Real_Ip` cannot be told from `X-Real-Ip`, which a proxy may have set (CVE-2015-0219).
+
+    Raises `BadRequest`: 400, 417 (expectation), 501 (transfer coding, CONNECT).
+    """
+    host = length = coding = connection = expect = None
+    hosts = lengths = codings = 0
+    underscored = False
+    for name, value in head.headers:
+        if name == b"host":
+            host = value
+            hosts += 1
+        elif name == b"connection":
+            connection = value if connection is None else connection + b"," + value
+        elif name == b"content-length":
+            length = value
+            lengths += 1
+        elif name == b"transfer-encoding":
+            coding = value
+            codings += 1
+        elif name == b"expect":
+            expect = value
+        elif b"_" in name:
+            underscored = True
+    if underscored and underscores != "allow":
+        _handle_underscores(head, underscores)
+    modern = head.version == "1.1"
+    if hosts != 1 and (modern or hosts):
+        raise BadRequest(400, "exactly one Host field is required")
+    if host is not None and _HOST.fullmatch(host) is None:
+        raise BadRequest(400, "the Host field is malformed")
+    head.chunked = False
+    head.content_length = None
+    if codings or lengths:
+        _decide_framing(head, modern, length, lengths, coding, codings)
+    head.expect = False
+    if expect is not None and modern:
+        if expect.lower() != b"100-continue":
+            raise BadRequest(417, "the only expectation understood is 100-continue")
+        head.expect = head.has_body
+    head.keep_alive = modern if connection is None else _wishes_keep_alive(connection, modern)
+    _split_target(head)
+
+
+def _handle_underscores(head: RequestHead, underscores: str) -> None:
+    if underscores == "refuse":
+        raise BadRequest(400, "header field names with an underscore are refused")
+    head.headers = [item for item in head.headers if b"_" not in item[0]]
+
+
+def _decide_framing(
+    head: RequestHead, modern: bool, length: bytes | None, lengths: int, coding: bytes | None, codings: int
+) -> None:
+    """RFC 9112, 6.3, without its leniency: one coding, one length, never both."""
+    if coding is not None:
+        if codings > 1 or coding.lower() != b"chunked":
+            raise BadRequest(501, "the only transfer coding understood is chunked, once")
+        if not modern:
+            raise BadRequest(400, "Transfer-Encoding needs HTTP/1.1")
+        if lengths:
+            raise BadRequest(400, "Content-Length and Transfer-Encoding exclude each other")
+        head.chunked = True
+    elif length is not None:
+        if lengths > 1 or _DIGITS.fullmatch(length) is None:
+            raise BadRequest(400, "the Content-Length is malformed")
+        head.content_length = int(length)
+
+
+def _wishes_keep_alive(connection: bytes, modern: bool) -> bool:
+    options = [option.strip(b" \t").lower() for option in connection.split(b",")]
+    return b"close" not in options and (modern or b"keep-alive" in options)
+
+
+def _split_target(head: RequestHead) -> None:
+    """RFC 9112, 3.2: the four forms of a target."""
+    target = head.target
+    if head.method == "CONNECT":
+        raise BadRequest(501, "CONNECT is not supported")
+    if b"#" in target:
+        raise BadRequest(400, "the request target has a fragment")
+    if target[0] != 0x2F:
+        target = _other_form(head, target)
+    head.raw_path, _, head.query = target.partition(b"?")
+
+
+def _other_form(head: RequestHead, target: bytes) -> bytes:
+    if target == b"*":
+        if head.method != "OPTIONS":
+            raise BadRequest(400, "the target * is for OPTIONS only")
+        return target
+    absolute = _ABSOLUTE.fullmatch(target)
+    if absolute is None:
+        raise BadRequest(400, "the request target is malformed")
+    authority, rest = absolute.groups()
+    if _HOST.fullmatch(authority) is None or authority.startswith(b":"):
+        raise BadRequest(400, "the authority of the request target is malformed")
+    # RFC 9112, 3.2.2: the authority of the target replaces a received Host.
+    head.headers = [(b"host", authority), *(item for item in head.headers if item[0] != b"host")]
+    return rest if rest.startswith(b"/") else b"/" + rest

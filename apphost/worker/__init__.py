@@ -1,0 +1,1 @@
+"""The worker process: loads the application, serves it, drains."""

@@ -1,0 +1,101 @@
+"""Accepting connections: a few at a turn, within a limit, and without spinning when descriptors have run out."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import Callable
+
+from apphost.logs import Log
+from apphost.protocols.context import Context
+from apphost.protocols.http1 import Connection
+
+BATCH = 4  # accepts a turn of the loop: enough to keep up, few enough that the other workers get their share
+EXHAUSTED_PAUSE = 1.0  # s without accepting after the system said that it has no descriptors or memory
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class Acceptor:
+    """Takes connections from one listener of the worker and gives each to a `Connection`."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        listener: socket.socket,
+        context: Context,
+        log: Log,
+        has_room: Callable[[], bool],
+    ) -> None:
+        self._loop = loop
+        self._listener = listener
+        self._context = context
+        self._log = log
+        self._has_room = has_room
+        self._reading = False
+        self._stopped = False
+        self._retry: asyncio.TimerHandle | None = None
+        self.opening: set[asyncio.Task[None]] = set()  # accepted, and not yet a Connection
+
+    def start(self) -> None:
+        """Accept from the next turn of the loop on; again after `pause`. Nothing after `stop`."""
+        if not self._reading and not self._stopped and self._retry is None:
+            self._reading = True
+            self._loop.add_reader(self._listener.fileno(), self._readable)
+
+    def pause(self) -> None:
+        if self._reading:
+            self._reading = False
+            self._loop.remove_reader(self._listener.fileno())
+
+    def stop(self, take_rest: bool) -> None:
+        """Accept nothing any more. `take_rest`: nobody else will, so what waits in the backlog is taken first."""
+        self.pause()
+        self._stopped = True
+        if self._retry is not None:
+            self._retry.cancel()
+        if take_rest:
+            while self._has_room() and self._accept():
+                pass
+        self._listener.close()
+
+    def _readable(self) -> None:
+        for _ in range(BATCH):
+            if not self._has_room():
+                self.pause()  # the worker starts us again when a connection ends
+                return
+            if not self._accept():
+                return
+
+    def _accept(self) -> bool:
+        """Take one connection; False when there is none, or none can be taken."""
+        try:
+            sock, _ = self._listener.accept()
+        except (BlockingIOError, InterruptedError):
+            return False
+        except ConnectionAbortedError:
+            return True  # gone before we came
+        except OSError as exc:
+            if exc.errno not in _EXHAUSTED:
+                raise
+            self._log.warning(f"cannot accept connections: {exc.strerror}; the next try is in {EXHAUSTED_PAUSE:.0f} s")
+            self.pause()
+            if not self._stopped:
+                self._retry = self._loop.call_later(EXHAUSTED_PAUSE, self._try_again)
+            return False
+        sock.setblocking(False)
+        task = self._loop.create_task(self._open(sock))
+        self.opening.add(task)
+        task.add_done_callback(self.opening.discard)
+        return True
+
+    async def _open(self, sock: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(lambda: Connection(self._context), sock)
+        except OSError as exc:
+            self._log.debug(f"a connection ended before it began: {exc.strerror}")
+            sock.close()
+
+    def _try_again(self) -> None:
+        self._retry = None
+        self.start()

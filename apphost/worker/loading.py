@@ -1,0 +1,188 @@
+"""Finding the application, the interface that it speaks, and the parser and loop to serve it with."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from apphost.errors import ApplicationError, SettingsError, nearest, user_traceback
+
+DEFAULT_ATTRIBUTES = ("application", "app")  # PEP 3333's habit first, then the one of Flask, FastAPI, Starlette
+
+_BUILT_IN = {
+    "apphost.parsers": {
+        "h11": "apphost.protocols.h11_parser:H11Parser",
+        "httptools": "apphost.protocols.httptools_parser:HttptoolsParser",
+    },
+    "apphost.interfaces": {
+        "asgi": "apphost.interfaces.asgi:AsgiInterface",
+        "wsgi": "apphost.interfaces.wsgi:WsgiInterface",
+    },
+}
+
+
+def load_application(target: str, factory: bool) -> Any:
+    """Import `module:attribute` (or `module` alone) and return the application; `factory`: call what was found.
+
+    Raises `ApplicationError` for whatever the user's code does wrong, `SystemExit` included.
+    """
+    module_name, _, attribute = target.partition(":")
+    if attribute.endswith("()"):
+        attribute, factory = attribute[:-2], True
+    module = _import(module_name, target)
+    found = _attribute(module, attribute, target) if attribute else _default_attribute(module, target)
+    if factory:
+        found = _call_factory(found, target)
+    if not callable(found):
+        hint = " (with --factory it would be called)" if not factory and inspect.isclass(type(found)) else ""
+        raise ApplicationError(f"{target!r} is no application: a {type(found).__name__} cannot be called{hint}")
+    return found
+
+
+def _import(module_name: str, target: str) -> Any:
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as exc:
+        if exc.name is not None and (module_name == exc.name or module_name.startswith(exc.name + ".")):
+            raise ApplicationError(
+                f"there is no module {exc.name!r} for the application {target!r}. It was looked for in: "
+                f"{', '.join(path or '.' for path in sys.path[:3])} and the installed packages. "
+                "Is the name right, and the directory (--chdir, --pythonpath)?"
+            ) from None
+        raise _failed_import(exc, target) from None
+    except BaseException as exc:
+        raise _failed_import(exc, target) from None
+
+
+def _failed_import(exc: BaseException, target: str) -> ApplicationError:
+    what = f"raised {type(exc).__name__}" if isinstance(exc, Exception) else f"ended itself with {type(exc).__name__}"
+    return ApplicationError(f"the application {target!r} {what} while it was imported", user_traceback(exc))
+
+
+def _default_attribute(module: Any, target: str) -> Any:
+    for name in DEFAULT_ATTRIBUTES:
+        if hasattr(module, name):
+            return getattr(module, name)
+    expected = " nor ".join(repr(name) for name in DEFAULT_ATTRIBUTES)
+    raise ApplicationError(
+        f"module {target!r} has neither {expected}: name the application, as in {target}:my_application"
+    )
+
+
+def _attribute(module: Any, attribute: str, target: str) -> Any:
+    found = module
+    for name in attribute.split("."):
+        try:
+            found = getattr(found, name)
+        except AttributeError:
+            known = [known for known in vars(found) if not known.startswith("_")] if hasattr(found, "__dict__") else []
+            raise ApplicationError(
+                f"module {module.__name__!r} has no attribute {name!r} for the application {target!r}."
+                + nearest(name, known)
+            ) from None
+    return found
+
+
+def _call_factory(factory: Callable[[], Any], target: str) -> Any:
+    if not callable(factory):
+        raise ApplicationError(f"{target!r} is no factory: a {type(factory).__name__} cannot be called")
+    try:
+        return factory()
+    except BaseException as exc:
+        raise ApplicationError(
+            f"the application factory {target!r} raised {type(exc).__name__}", user_traceback(exc)
+        ) from None
+
+
+def detect_interface(app: Any) -> str:
+    """`asgi`, `asgi2` (the legacy form of two calls) or `wsgi`, from the shape of the callable. Pure.
+
+    ASGI is a coroutine function, or an object with a coroutine `__call__`; else the number of required parameters
+    tells: three for ASGI, two for WSGI, one for legacy ASGI. What cannot be told is taken for WSGI.
+    """
+    if inspect.isclass(app):
+        call = getattr(app, "__call__", None)  # noqa: B004 - the instances' method, not whether the class is callable
+        if call is not None and inspect.iscoroutinefunction(call):
+            return "asgi2"
+        required = _required_parameters(app)
+        return "asgi2" if required == 1 else "wsgi"
+    if inspect.iscoroutinefunction(app) or inspect.iscoroutinefunction(getattr(app, "__call__", None)):  # noqa: B004
+        return "asgi"
+    return {3: "asgi", 1: "asgi2"}.get(_required_parameters(app) or 2, "wsgi")
+
+
+def _required_parameters(app: Any) -> int | None:
+    try:
+        parameters = inspect.signature(app).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(1 for each in parameters if each.kind in positional and each.default is inspect.Parameter.empty)
+
+
+def modern_asgi(app: Any) -> Any:
+    """A legacy application, `app(scope)` and then `(receive, send)`, in the form of one call."""
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await app(scope)(receive, send)
+
+    return application
+
+
+def load_plugin(group: str, name: str) -> Any:
+    """What is registered as `name` in the entry point group. Raises `SettingsError` naming what there is."""
+    built_in = _BUILT_IN[group]
+    if name in built_in:
+        module, _, attribute = built_in[name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    from importlib.metadata import entry_points
+
+    found = entry_points(group=group)
+    for entry in found:
+        if entry.name == name:
+            return entry.load()
+    known = sorted({*built_in, *found.names})
+    raise SettingsError(f"nothing called {name!r} is registered in {group}; there is {', '.join(known)}")
+
+
+def choose_parser(wanted: str) -> tuple[str, Any]:
+    """(name, a parser) for the setting `http`. Raises `SettingsError` when it is not installed."""
+    name = wanted
+    if wanted == "auto":
+        name = "httptools" if importlib.util.find_spec("httptools") else "h11"
+    try:
+        return name, load_plugin("apphost.parsers", name)()
+    except ModuleNotFoundError as exc:
+        raise SettingsError(f"the parser {name!r} needs {exc.name}: pip install 'apphost[fast]'") from None
+
+
+def choose_loop(wanted: str) -> tuple[str, Any]:
+    """(name, a new event loop) for the setting `loop`. Raises `SettingsError` when it is not installed."""
+    import asyncio
+
+    if wanted == "uvloop" or (wanted == "auto" and importlib.util.find_spec("uvloop")):
+        try:
+            import uvloop
+        except ModuleNotFoundError:
+            raise SettingsError("the loop 'uvloop' is not installed: pip install 'apphost[fast]'") from None
+        return "uvloop", uvloop.new_event_loop()
+    return "asyncio", asyncio.new_event_loop()
+
+
+def preimport(http: str, loop: str) -> None:
+    """Import the parser and the loop, if they are there, so that workers forked later find them in memory.
+
+    What is missing is said by the worker that misses it.
+    """
+    names = ["apphost.protocols.http1", "apphost.interfaces.asgi", "apphost.interfaces.wsgi"]
+    names += ["apphost.protocols.h11_parser"] if http == "h11" else ["apphost.protocols.httptools_parser"]
+    names += ["uvloop"] if loop in ("auto", "uvloop") else []
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:
+            continue

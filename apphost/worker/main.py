@@ -1,0 +1,142 @@
+"""The life of a worker process, from the fork to its exit."""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import os
+import signal
+import socket
+import time
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from apphost.errors import ApphostError, ExitCode, user_traceback
+from apphost.logs import Log
+from apphost.messages import Channel
+from apphost.settings import Settings
+from apphost.worker.loading import choose_loop, choose_parser, detect_interface, load_application, modern_asgi
+from apphost.worker.server import Server
+
+DETAIL_MAX = 65536  # characters of a traceback that travel to the arbiter: a recursion error's is longer than useful
+
+# Asked for by the arbiter when the worker does not answer any more: see `_prepare_dump`.
+DUMP_SIGNAL = signal.SIGUSR2
+# These belong to the arbiter; a terminal or a container runtime may send them to everybody.
+_NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGTTIN, signal.SIGTTOU, signal.SIGQUIT)
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What a worker is told at its fork. `dump` is the descriptor of the file for its last words."""
+
+    wid: int
+    generation: int
+    settings: Settings
+    listeners: list[socket.socket]
+    dump: int
+
+    @property
+    def name(self) -> str:
+        return f"worker {self.wid} gen {self.generation}"
+
+
+def run(assignment: Assignment, channel: Channel) -> int:
+    """Boot, serve, drain. Returns the exit code; what went wrong has been told to the arbiter."""
+    settings = assignment.settings
+    log = Log(settings.log_level, settings.log_format)
+    server: list[Server] = []
+    _prepare_signals()
+    _prepare_dump(assignment.dump, server)
+    try:
+        return _run(assignment, channel, log, server)
+    except ApphostError as exc:
+        _tell_failure(channel, exc)
+        return exc.exit_code
+    except BaseException as exc:
+        # Also SystemExit out of a task of the application: it must not look like an orderly end.
+        what = f"{type(exc).__name__} was raised outside of any request"
+        _tell_failure(channel, ApphostError(what, user_traceback(exc)))
+        return ExitCode.INTERNAL
+
+
+def _run(assignment: Assignment, channel: Channel, log: Log, server: list[Server]) -> int:
+    started = time.monotonic()
+    settings = assignment.settings
+    loop_name, loop = choose_loop(settings.loop)
+    asyncio.set_event_loop(loop)  # applications look for one while they are imported
+    parser_name, parser = choose_parser(settings.http)
+    app, interface = _load(settings)
+    server.append(Server(assignment, channel, log, loop, parser))
+    names = {"interface": interface, "parser": parser_name, "loop": loop_name}
+    try:
+        loop.run_until_complete(server[0].serve(app, interface, names, started))
+    finally:
+        _finish(loop)
+    return ExitCode.OK
+
+
+def _load(settings: Settings) -> tuple[Any, str]:
+    """The application and the name of its interface."""
+    app = load_application(settings.app, settings.factory)
+    interface = settings.interface
+    if interface == "auto":
+        interface = detect_interface(app)
+    elif interface == "asgi" and detect_interface(app) == "asgi2":
+        interface = "asgi2"
+    if interface == "asgi2":
+        return modern_asgi(app), "asgi"
+    return app, interface
+
+
+def _finish(loop: asyncio.AbstractEventLoop) -> None:
+    """Leave nothing of the loop behind that would complain at the end of the interpreter."""
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        loop.run_until_complete(asyncio.wait(tasks, timeout=0.5))
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    asyncio.set_event_loop(None)
+    loop.close()
+
+
+def _tell_failure(channel: Channel, exc: ApphostError) -> None:
+    detail = exc.detail[-DETAIL_MAX:]
+    channel.send({"t": "failed", "message": exc.message, "detail": detail, "code": int(exc.exit_code)})
+
+
+def _prepare_signals() -> None:
+    """Handlers of Python, not SIG_IGN: a subprocess of the application must not inherit that it ignores signals."""
+    for number in _NOT_FOR_WORKERS:
+        signal.signal(number, _nothing)
+    # Until the loop takes over: a worker that is still booting serves nobody and may just go.
+    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.set_wakeup_fd(-1)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
+def _nothing(_number: int, _frame: FrameType | None) -> None:
+    pass
+
+
+def _leave(_number: int, _frame: FrameType | None) -> None:
+    os._exit(ExitCode.OK)
+
+
+def _prepare_dump(fd: int, server: list[Server]) -> None:
+    """On a crash and on the arbiter's request, write all stacks to `fd`, which the arbiter reads after our end.
+
+    The stacks come from C, whatever state Python is in; the requests in progress are added by a Python handler, which
+    runs whenever the stuck code is Python or sleeps in a system call.
+    """
+
+    def describe(_number: int, _frame: FrameType | None) -> None:
+        lines = [f"in progress: {text}\n" for text in (server[0].describe_requests() if server else ())]
+        os.write(fd, "".join(lines).encode("utf-8", "replace"))
+
+    faulthandler.enable(file=fd, all_threads=True)
+    signal.signal(DUMP_SIGNAL, describe)
+    faulthandler.register(DUMP_SIGNAL, file=fd, all_threads=True, chain=True)

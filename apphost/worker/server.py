@@ -1,0 +1,247 @@
+"""What a worker does once its application is loaded: start it, serve it, beat, drain, end."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import time
+from typing import TYPE_CHECKING, Any
+
+from apphost.errors import PrivilegesError
+from apphost.interfaces.lifespan import Lifespan
+from apphost.interfaces.threads import ThreadPool
+from apphost.lifecycle import State, allowed
+from apphost.logs import AccessLog, Log, open_access_log
+from apphost.messages import Channel, Message, ProtocolError
+from apphost.protocols.base import HeadParser
+from apphost.protocols.context import Context, Timeouts
+from apphost.protocols.response import ServerFields
+from apphost.protocols.strict import Limits
+from apphost.worker.acceptor import Acceptor
+from apphost.worker.loading import load_plugin
+
+if TYPE_CHECKING:
+    from apphost.worker.main import Assignment
+
+TICK = 0.5  # s between two looks at time-outs and two beats
+IDLE_STOP_GRACE = 0.3  # s that an idle connection gets on a stop: time for a request that is on its way
+SHUTDOWN_MIN = 0.5  # s that the application's lifespan shutdown gets even when the drain took all of its time
+
+
+class Server:
+    """One worker's serving side. All methods run on the event loop."""
+
+    def __init__(
+        self, assignment: Assignment, channel: Channel, log: Log, loop: asyncio.AbstractEventLoop, parser: HeadParser
+    ) -> None:
+        self.assignment = assignment
+        self.settings = assignment.settings
+        self.channel = channel
+        self.log = log
+        self.loop = loop
+        self.state = State.BOOTING
+        self.reason = ""
+        self.deadline = 0.0  # loop time by which the drain must be over
+        self.context = self._make_context(parser)
+        self.acceptors: list[Acceptor] = []
+        self.pool: ThreadPool | None = None
+        self.drained = asyncio.Event()
+        self._tick_handle: asyncio.TimerHandle | None = None
+        self._replace_at = _requests_until_replaced(self.settings)
+
+    def _make_context(self, parser: HeadParser) -> Context:
+        settings = self.settings
+        return Context(
+            self.loop,
+            parser,
+            self.log,
+            limits=Limits(
+                request_line=settings.limit_request_line,
+                fields=settings.limit_request_fields,
+                field_size=settings.limit_request_field_size,
+                head=settings.limit_request_head,
+                body=settings.limit_request_body,
+                chunk_extension=settings.limit_chunk_extension,
+                trailers=settings.limit_trailers,
+            ),
+            timeouts=Timeouts(
+                keep_alive=settings.keep_alive,
+                request_header=settings.request_header_timeout,
+                request_body=settings.request_body_timeout,
+                write=settings.write_timeout,
+            ),
+            server_fields=ServerFields(date=settings.date_header, server=settings.server_header),
+            underscores=settings.underscore_headers,
+        )
+
+    # -- life
+
+    async def serve(self, app: Any, interface: str, names: dict[str, str], started: float) -> None:
+        """Start the application, tell the arbiter, serve until drained. Raises `ApphostError` when it cannot."""
+        self.loop.add_reader(self.channel.fileno(), self._orders)
+        self.loop.add_signal_handler(signal.SIGTERM, self._stray_term)
+        self._open_access_log()
+        lifespan = await self._start_application(app, interface)
+        if self.state is State.BOOTING:
+            self._begin_serving()
+            self.channel.send({"t": "ready", "seconds": time.monotonic() - started, **names})
+        await self.drained.wait()
+        self._end_serving()
+        if lifespan is not None:
+            await lifespan.shutdown(max(SHUTDOWN_MIN, self.deadline - self.loop.time()))
+        if self.context.access_log is not None:
+            self.context.access_log.flush()
+
+    async def _start_application(self, app: Any, name: str) -> Lifespan | None:
+        settings = self.settings
+        options: dict[str, Any] = {"root_path": settings.root_path, "worker": self.assignment.name}
+        factory = load_plugin("apphost.interfaces", name)
+        if name == "wsgi":
+            self.pool = ThreadPool(self.loop, settings.threads, "wsgi")
+            options |= {"multithread": settings.threads > 1, "multiprocess": settings.workers > 1}
+            self.context.interface = factory(app, self.pool, self.log, self.context.active, **options)
+            return None
+        lifespan = None
+        if settings.lifespan != "off":
+            lifespan = Lifespan(app, settings.lifespan, self.log, self.assignment.name)
+            await lifespan.startup()
+            options["state"] = lifespan.state
+        self.context.interface = factory(app, self.loop, self.log, self.context.active, **options)
+        return lifespan
+
+    def _open_access_log(self) -> None:
+        target = self.settings.access_log
+        if not target:
+            return
+        try:
+            fd = open_access_log(target)
+        except OSError as exc:
+            raise PrivilegesError(f"cannot open the access log {target}: {exc.strerror}") from None
+        self.context.access_log = AccessLog(fd, self.settings.log_format, self.loop)
+
+    def _begin_serving(self) -> None:
+        self._move(State.READY)
+        context = self.context
+        context.on_closed = self._connection_closed
+        context.on_request = self._request_finished
+        for listener in self.assignment.listeners:
+            acceptor = Acceptor(self.loop, listener, context, self.log, self._has_room)
+            self.acceptors.append(acceptor)
+            acceptor.start()
+        self._tick()
+
+    def _end_serving(self) -> None:
+        """Whatever is left has had its time."""
+        if self._tick_handle is not None:
+            self._tick_handle.cancel()
+        cut = len(self.context.active)
+        if cut:
+            requests = ", ".join(self.describe_requests()[:5])
+            self.log.warning(f"{self.assignment.name} cut {cut} requests short at the end of its drain: {requests}")
+        for connection in list(self.context.connections):
+            connection.abort()
+        if self.pool is not None:
+            self.pool.close()
+
+    def _move(self, state: State) -> None:
+        assert allowed(self.state, state), f"from {self.state} to {state}"
+        self.state = state
+
+    # -- serving
+
+    def _has_room(self) -> bool:
+        opening = sum(len(acceptor.opening) for acceptor in self.acceptors)
+        return len(self.context.connections) + opening < self.settings.limit_connections
+
+    def _connection_closed(self) -> None:
+        if self.state is State.DRAINING:
+            self._check_drained()
+        else:
+            for acceptor in self.acceptors:
+                acceptor.start()
+
+    def _request_finished(self) -> None:
+        if self.context.requests == self._replace_at:
+            self.channel.send({"t": "replace", "why": f"max_requests: {self._replace_at} requests served"})
+
+    def _tick(self) -> None:
+        now = self.loop.time()
+        self._tick_handle = self.loop.call_later(TICK, self._tick)
+        self.context.tick(now)
+        context = self.context
+        figures = {"requests": context.requests, "connections": len(context.connections), "active": len(context.active)}
+        self.channel.send({"t": "beat", **figures})
+        if self.state is State.DRAINING:
+            self._check_drained()
+
+    def describe_requests(self) -> list[str]:
+        """The requests in progress, a few words each. Also called by a signal handler, so it only reads."""
+        return [request.describe() for request in list(self.context.active)]
+
+    # -- drain
+
+    def _orders(self) -> None:
+        """Messages of the arbiter; the end of the channel means that it is gone, and that we finish and go."""
+        try:
+            messages = self.channel.receive()
+        except ProtocolError as exc:
+            self.log.error(f"{self.assignment.name}: the arbiter sent nonsense ({exc}); draining")
+            messages = None
+        if messages is None:
+            self.loop.remove_reader(self.channel.fileno())
+            self.drain(self.settings.graceful_timeout, "the arbiter is gone")
+            return
+        for message, _fds in messages:
+            self._obey(message)
+
+    def _obey(self, message: Message) -> None:
+        if message["t"] == "drain":
+            self.drain(float(message["seconds"]), str(message["reason"]))
+
+    def _stray_term(self) -> None:
+        """A container runtime may send TERM to every process: take it as the arbiter's word, and tell it."""
+        if self.state is not State.DRAINING:
+            self.channel.send({"t": "leaving", "why": "TERM"})
+        self.drain(self.settings.graceful_timeout, "TERM")
+
+    def drain(self, seconds: float, reason: str) -> None:
+        """Finish within `seconds`: accept nothing, answer what was asked. A later call can only shorten the time."""
+        now = self.loop.time()
+        stopping = reason == "stop"
+        if self.state is State.DRAINING:
+            self.deadline = min(self.deadline, now + seconds)
+        else:
+            self.deadline = now + seconds
+            self._move(State.DRAINING)
+            self.context.draining = True
+            for acceptor in self.acceptors:
+                acceptor.stop(take_rest=stopping)
+        idle_until = min(self.deadline, now + IDLE_STOP_GRACE) if stopping else self.deadline
+        for connection in list(self.context.connections):
+            connection.drain(idle_until)
+        if stopping:
+            self.loop.call_later(IDLE_STOP_GRACE, self._close_idle)
+        self.loop.call_at(self.deadline, self.drained.set)
+        self._check_drained()
+
+    def _close_idle(self) -> None:
+        """On a stop nobody waits for a connection that is silent."""
+        now = self.loop.time()
+        for connection in list(self.context.connections):
+            connection.drain(now)
+        self.context.tick(now)
+
+    def _check_drained(self) -> None:
+        """Set `drained` when nothing is left to finish."""
+        opening = any(acceptor.opening for acceptor in self.acceptors)
+        busy = self.pool is not None and self.pool.busy
+        if not self.context.connections and not self.context.active and not opening and not busy:
+            self.drained.set()
+
+
+def _requests_until_replaced(settings: Any) -> int:
+    """After how many requests the worker asks for a successor; -1: never."""
+    if not settings.max_requests:
+        return -1
+    return int(settings.max_requests + random.randint(0, settings.max_requests_jitter))  # noqa: S311
