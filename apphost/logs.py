@@ -109,7 +109,7 @@ class AccessLog:
         head = exchange.head
         target = head.target.decode("ascii")
         client = exchange.client[0] if exchange.client else "-"
-        duration = self._loop.time() - exchange.started_at
+        duration = time.perf_counter() - exchange.started_at
         status = exchange.status or 499  # nginx's code for a client that left before it got an answer
         self._add(self._line(client, head.method, target, head.version, status, exchange.sent, duration, cut))
 

@@ -89,6 +89,8 @@ def _listen_tcp(
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(sockaddr)
+        # Accepted sockets inherit it. asyncio would set it, but only on sockets that were made with an explicit protocol.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.listen(backlog)
         sock.setblocking(False)
     except OSError as exc:
@@ -119,6 +121,8 @@ def _adopt(address: Address) -> socket.socket:
         sock.detach()
         raise AddressError(f"cannot use {address.text}: it is not a listening stream socket")
     os.set_inheritable(address.fd, False)
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setblocking(False)
     return sock
 

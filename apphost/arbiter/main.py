@@ -79,7 +79,7 @@ def _say_hello(loaded: Loaded, listeners: list[socket.socket], log: Log) -> None
     settings = loaded.settings
     log.info(
         f"apphost {apphost.__version__} on Python {platform.python_version()} starts {settings.app} with "
-        f"{settings.workers} workers, pid {os.getpid()}"
+        f"{settings.workers} worker{'s' if settings.workers != 1 else ''}, pid {os.getpid()}"
     )
     for warning in loaded.warnings:
         log.warning(warning)

@@ -227,8 +227,9 @@ def add_root_path(root_path: str, path: str, raw_path: bytes) -> tuple[str, byte
 def failure(exc: BaseException, started: bool) -> str:
     """What an exception out of the application meant for the client, in a few words for the log."""
     outcome = "the response was cut short" if started else "the client got a 500 answer"
+    said = f" ({exc})" if str(exc) else ""
     exits = "" if isinstance(exc, Exception) else "; it asked to end the process, but the worker goes on"
-    return f"raised {type(exc).__name__}: {outcome}{exits}"
+    return f"raised {type(exc).__name__}{said}: {outcome}{exits}"
 
 
 def is_disconnect(exc: BaseException | None) -> bool:

@@ -17,6 +17,7 @@ import os
 import re
 import socket
 import struct
+import time
 from collections.abc import Callable
 from typing import cast
 
@@ -208,7 +209,7 @@ class Connection(asyncio.Protocol):
         if exchange.decoder is not None:
             self._mind_body(exchange)
         if context.access_log is not None:
-            exchange.started_at = context.loop.time()
+            exchange.started_at = time.perf_counter()
         exchange.handler = context.interface.handle(exchange)
 
     # -- request bodies

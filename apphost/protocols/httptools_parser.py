@@ -11,12 +11,12 @@ class HttptoolsParser:
     """A `HeadParser` on httptools. One llhttp state machine serves all heads; it is replaced when a head leaves it
     inside a message (a body follows) or in an error, because it is not fed anything but heads."""
 
-    __slots__ = ("_complete", "_headers", "_machine", "_target")
+    __slots__ = ("_headers", "_machine", "_reusable", "_target")
 
     def __init__(self) -> None:
         self._headers: Headers = []
         self._target = b""
-        self._complete = False
+        self._reusable = False
         self._machine = httptools.HttpRequestParser(self)
 
     def on_url(self, url: bytes) -> None:
@@ -26,16 +26,22 @@ class HttptoolsParser:
         self._headers.append((name.lower(), value.rstrip(b" \t")))
 
     def on_message_complete(self) -> None:
-        self._complete = True
+        # After a message that ends its connection llhttp refuses every further byte; asked here, because it has
+        # forgotten the message by the time that `feed_data` returns.
+        self._reusable = self._machine.should_keep_alive()
 
     def parse(self, head: bytes) -> RequestHead:
         try:
             return self._parse(head)
-        except httptools.HttpParserInvalidMethodError:
-            # llhttp knows a fixed list of methods; the strict layer has seen that this one is a token, which is all
-            # that RFC 9110 (9.1) asks of a method. So the head is parsed under the name of a method that llhttp knows.
+        except httptools.HttpParserError:
+            # llhttp knows a fixed list of methods, and has rules of its own for some of them; the strict layer has seen
+            # that this one is a token, which is all that RFC 9110 (9.1) asks of a method. So the head gets a second
+            # chance under the name of a method that has no such rules.
             method, _, rest = head.partition(b" ")
-            parsed = self._parse(b"POST " + rest)
+            try:
+                parsed = self._parse(b"POST " + rest)
+            except httptools.HttpParserError:
+                raise BadRequest(400, "the request head is malformed") from None
             parsed.method = method.decode("ascii")
             return parsed
 
@@ -43,20 +49,13 @@ class HttptoolsParser:
         machine = self._machine
         self._headers = []
         self._target = b""
-        self._complete = False
-        reusable = False
+        self._reusable = False
         try:
             machine.feed_data(head)
-            # After a message that ends its connection llhttp refuses every further byte.
-            reusable = self._complete and machine.should_keep_alive()
         except httptools.HttpParserUpgrade:
-            pass
-        except httptools.HttpParserInvalidMethodError:
-            raise
-        except httptools.HttpParserError:
-            raise BadRequest(400, "the request head is malformed") from None
+            self._reusable = False
         finally:
-            if not reusable:
+            if not self._reusable:
                 self._machine = httptools.HttpRequestParser(self)
         method = machine.get_method().decode("ascii")
         return RequestHead(method, self._target, machine.get_http_version(), self._headers)

@@ -38,8 +38,7 @@ def load_application(target: str, factory: bool) -> Any:
     if factory:
         found = _call_factory(found, target)
     if not callable(found):
-        hint = " (with --factory it would be called)" if not factory and inspect.isclass(type(found)) else ""
-        raise ApplicationError(f"{target!r} is no application: a {type(found).__name__} cannot be called{hint}")
+        raise ApplicationError(f"{target!r} is no application: a {type(found).__name__} cannot be called")
     return found
 
 
@@ -101,27 +100,38 @@ def _call_factory(factory: Callable[[], Any], target: str) -> Any:
 def detect_interface(app: Any) -> str:
     """`asgi`, `asgi2` (the legacy form of two calls) or `wsgi`, from the shape of the callable. Pure.
 
-    ASGI is a coroutine function, or an object with a coroutine `__call__`; else the number of required parameters
-    tells: three for ASGI, two for WSGI, one for legacy ASGI. What cannot be told is taken for WSGI.
+    ASGI is a coroutine function or an object with a coroutine `__call__`; for anything else the number of arguments
+    that it takes tells: two for WSGI, three for ASGI, one, the scope, for legacy ASGI. Raises `ApplicationError` when
+    it takes none of these.
     """
+    call = getattr(app, "__call__", None)  # noqa: B004 - to look at, not to find out whether there is one
     if inspect.isclass(app):
-        call = getattr(app, "__call__", None)  # noqa: B004 - the instances' method, not whether the class is callable
-        if call is not None and inspect.iscoroutinefunction(call):
+        if inspect.iscoroutinefunction(app.__call__):
             return "asgi2"
-        required = _required_parameters(app)
-        return "asgi2" if required == 1 else "wsgi"
-    if inspect.iscoroutinefunction(app) or inspect.iscoroutinefunction(getattr(app, "__call__", None)):  # noqa: B004
+    elif inspect.iscoroutinefunction(app) or inspect.iscoroutinefunction(call):
         return "asgi"
-    return {3: "asgi", 1: "asgi2"}.get(_required_parameters(app) or 2, "wsgi")
-
-
-def _required_parameters(app: Any) -> int | None:
     try:
-        parameters = inspect.signature(app).parameters.values()
+        signature = inspect.signature(app)
     except (TypeError, ValueError):
-        return None
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(1 for each in parameters if each.kind in positional and each.default is inspect.Parameter.empty)
+        return "wsgi"
+    if _takes(signature, 2):
+        return "wsgi"
+    if _takes(signature, 3):
+        return "asgi"
+    if _takes(signature, 1) and (inspect.isclass(app) or next(iter(signature.parameters)) == "scope"):
+        return "asgi2"
+    raise ApplicationError(
+        f"{getattr(app, '__name__', type(app).__name__)}{signature} is no application: WSGI calls it with two arguments "
+        "(environ, start_response), ASGI with three (scope, receive, send). If it makes the application, add --factory"
+    )
+
+
+def _takes(signature: inspect.Signature, count: int) -> bool:
+    try:
+        signature.bind(*[None] * count)
+    except TypeError:
+        return False
+    return True
 
 
 def modern_asgi(app: Any) -> Any:
