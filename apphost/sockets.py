@@ -89,7 +89,7 @@ def _listen_tcp(
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(sockaddr)
-        # Accepted sockets inherit it. asyncio would set it, but only on sockets that were made with an explicit protocol.
+        # Accepted sockets inherit it. asyncio sets it only on sockets that were made with an explicit protocol.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.listen(backlog)
         sock.setblocking(False)

@@ -330,7 +330,7 @@ def test_a_newer_reload_supersedes_a_boot_that_takes_long() -> None:
     story.wait(2.0)
     story.reload()
     story.expect()
-    story.wait(SUPERSEDE_AFTER - 2.0)
+    assert story.until_deadline() == SUPERSEDE_AFTER - 2.0
     story.expect(Drain(2, 0.0, Reason.SUPERSEDED), Spawn(3, 3))
     story.gone(2)
     story.expect()

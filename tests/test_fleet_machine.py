@@ -79,8 +79,9 @@ class World(RuleBasedStateMachine):
             self.processes.pop(event.wid, None)
         over = bool(self.halts)
         ready = {w.wid for w in fleet.having(State.READY)}
-        if isinstance(event, WorkerReady) and event.wid in {w.wid for w in fleet.having(State.BOOTING)}:
-            self.proven.add(self.processes[event.wid])
+        booting = {w.wid: w.generation for w in fleet.having(State.BOOTING)}
+        if isinstance(event, WorkerReady) and event.wid in booting:
+            self.proven.add(booting[event.wid])
         actions = step(fleet, event, self.now)
         assert not (over and actions), "a halted fleet says nothing"
         if fleet.stopping and not self.stop_asked:
@@ -88,6 +89,10 @@ class World(RuleBasedStateMachine):
         for action in actions:
             self.check(action)
         self.check_capacity(event, ready, actions)
+        failed = {action.wid for action in actions if isinstance(action, Dump)}
+        failed |= {event.wid} if isinstance(event, WorkerGone) else set()
+        for wid in failed & booting.keys():
+            assert fleet.stopping or booting[wid] in self.proven | self.given_up, "a failed boot is taken notice of"
 
     def check(self, action: Action) -> None:
         fleet = self.fleet
@@ -182,6 +187,13 @@ class World(RuleBasedStateMachine):
         assert due is None or due > self.now, "the arbiter would spin"
 
     @invariant()
+    def nothing_is_due_before_the_next_deadline(self) -> None:
+        """No lost wake-up: the arbiter may sleep until then, or for ever where there is none."""
+        due = next_deadline(self.fleet)
+        almost = self.now + 1e6 if due is None else self.now + 0.999 * (due - self.now)
+        assert step(copy.deepcopy(self.fleet), Tick(), almost) == []
+
+    @invariant()
     def a_step_reaches_a_fixed_point(self) -> None:
         again = copy.deepcopy(self.fleet)
         assert step(again, Tick(), self.now) == []
@@ -189,7 +201,7 @@ class World(RuleBasedStateMachine):
 
     @invariant()
     def whoever_is_missing_has_a_reason(self) -> None:
-        """No lost wake-up: too few workers, or old ones, only where a boot, a pause, a drain or a full house waits."""
+        """Too few workers, or old ones, only where a boot, a pause, a drain or a full house waits."""
         fleet = self.fleet
         if fleet.stopping:
             return

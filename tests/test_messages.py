@@ -337,7 +337,7 @@ def test_what_a_stuck_peer_does_not_read_is_kept_only_up_to_a_limit(pair: tuple[
         assert left.flush()
     got += [message["n"] for message, _ in drain(right)]
     assert got == list(range(sent)), "what was refused is not sent, what was accepted is"
-    assert left.send({"t": "n", "n": 0}), "and the channel works again"
+    assert left.send({"t": "n", "x": "x" * (MAX_MESSAGE - 100)}), "and there is room again for all that fits"
 
 
 def test_a_message_that_no_peer_would_accept_is_refused(pair: tuple[Channel, Channel]) -> None:

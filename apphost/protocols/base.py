@@ -96,8 +96,8 @@ class HeadParser(Protocol):
         """Parse `head`: request line, field lines and the empty line, all ended by CRLF, and not a byte more.
 
         `strict.check_raw` has passed it already, so syntax, sizes and control bytes are in order; a parser that still
-        finds fault raises `BadRequest`. It must not keep state between calls: after any outcome the next head stands
-        on its own.
+        finds fault raises `BadRequest`, and `strict.read` reads the head in its place. It must not keep state between
+        calls: after any outcome the next head stands on its own.
         """
         ...
 

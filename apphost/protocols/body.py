@@ -113,12 +113,7 @@ class ChunkedDecoder:
                 raise BadRequest(400, "a trailer field line is malformed")
 
     def _take_size(self, line: bytes) -> None:
-        match = _CHUNK_LINE.fullmatch(line)
-        if match is None:
-            raise BadRequest(400, "the size line of a chunk is malformed")
-        if len(line) - match.end(1) > self._limits.chunk_extension:
-            raise BadRequest(413, "a chunk extension is too large")
-        size = int(match[1], 16)
+        size = self._check_size_line(line)
         if size == 0:
             self._part = _Part.TRAILERS
             return
@@ -128,18 +123,25 @@ class ChunkedDecoder:
             raise BadRequest(413, "the request body is too large")
         self._part = _Part.DATA
 
+    def _check_size_line(self, line: bytes) -> int:
+        """The size in a line, or in the beginning of one."""
+        match = _CHUNK_LINE.fullmatch(line)
+        if match is None:
+            raise BadRequest(400, "the size line of a chunk is malformed")
+        if len(line) - match.end(1) > self._limits.chunk_extension:
+            raise BadRequest(413, "a chunk extension is too large")
+        return int(match[1], 16)
+
     def _check_kept(self) -> None:
         """Refuse an unfinished line as soon as no ending could make it right; so none grows without bound."""
-        kept = self._kept
+        kept = self._kept.removesuffix(b"\r")
         if self._part is _Part.SIZE:
-            if len(kept) > 16 + self._limits.chunk_extension + 1:
-                raise BadRequest(413, "a chunk extension is too large")
-            if kept and _CHUNK_LINE.fullmatch(kept[:-1] if kept.endswith(b"\r") else kept) is None:
-                raise BadRequest(400, "the size line of a chunk is malformed")
+            if self._kept:
+                self._check_size_line(kept)
         elif self._part is _Part.DATA_END:
-            if kept not in (b"", b"\r"):
+            if kept:
                 raise BadRequest(400, "the data of a chunk is longer than its size")
-        elif self._trailer_size + len(kept) > self._limits.trailers:
+        elif kept and self._trailer_size + len(kept) + 2 > self._limits.trailers:
             raise BadRequest(431, "the trailer fields are too large")
 
 

@@ -25,7 +25,8 @@ class Timeouts:
     request_header: float = 15.0  # for the first byte of the first request, and for the rest of any head
     request_body: float = 30.0  # for the next byte of a body
     write: float = 60.0  # for the client to read on
-    linger: float = 5.0  # for the client's end of the connection after an early answer (nginx: lingering_timeout 5 s)
+    linger: float = 5.0  # for the client's end of the connection after the last answer (nginx: lingering_timeout 5 s)
+    linger_draining: float = 1.0  # the same while the worker wants to go
 
 
 class Context:

@@ -24,7 +24,7 @@ class H11Parser:
         if type(event) is not h11.Request:
             raise BadRequest(400, "the request head is malformed")
         headers = [(name.lower(), value) for name, value in event.headers.raw_items()]
-        if any(name == b"content-length" for name, _ in headers):
+        if any(name == b"content-length" or name == b"transfer-encoding" for name, _ in headers):
             # h11 makes one value of a list or repetition of equal lengths; the strict layer must judge what was sent.
             headers = split_fields(head)
         return RequestHead(event.method.decode("ascii"), event.target, event.http_version.decode("ascii"), headers)

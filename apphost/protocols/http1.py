@@ -170,9 +170,9 @@ class Connection(asyncio.Protocol):
 
     def _take_partial(self, data: bytes) -> None:
         self.buffer = data
-        if not data:
+        if not data and not self.eof:
             return
-        if data != b"\r":
+        if data not in (b"", b"\r"):
             try:
                 strict.check_partial(data, self.scanned, self.context.limits)
             except BadRequest as refusal:
@@ -195,8 +195,7 @@ class Connection(asyncio.Protocol):
         try:
             head = context.parser.parse(raw)
         except BadRequest:
-            strict.explain(raw)
-            raise
+            head = strict.read(raw)
         strict.examine(head, context.underscores)
         return head
 
@@ -300,10 +299,7 @@ class Connection(asyncio.Protocol):
         if context.access_log is not None:
             context.access_log.write(exchange)
         if not exchange.keep_alive:
-            if exchange.body_complete and not self.buffer:
-                self.close()
-            else:
-                self.linger()
+            self.linger()
         elif exchange.body_complete:
             self._next()
         else:
@@ -377,7 +373,9 @@ class Connection(asyncio.Protocol):
             self.close()
             return
         self.phase = Phase.LINGERING
-        self._arm(self.context.loop.time() + self.context.timeouts.linger)
+        timeouts = self.context.timeouts
+        patience = timeouts.linger_draining if self.context.draining else timeouts.linger
+        self._arm(self.context.loop.time() + patience)
         self.transport.write_eof()
         self._resume()
 

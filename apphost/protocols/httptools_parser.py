@@ -31,21 +31,6 @@ class HttptoolsParser:
         self._reusable = self._machine.should_keep_alive()
 
     def parse(self, head: bytes) -> RequestHead:
-        try:
-            return self._parse(head)
-        except httptools.HttpParserError:
-            # llhttp knows a fixed list of methods, and has rules of its own for some of them; the strict layer has seen
-            # that this one is a token, which is all that RFC 9110 (9.1) asks of a method. So the head gets a second
-            # chance under the name of a method that has no such rules.
-            method, _, rest = head.partition(b" ")
-            try:
-                parsed = self._parse(b"POST " + rest)
-            except httptools.HttpParserError:
-                raise BadRequest(400, "the request head is malformed") from None
-            parsed.method = method.decode("ascii")
-            return parsed
-
-    def _parse(self, head: bytes) -> RequestHead:
         machine = self._machine
         self._headers = []
         self._target = b""
@@ -54,6 +39,9 @@ class HttptoolsParser:
             machine.feed_data(head)
         except httptools.HttpParserUpgrade:
             self._reusable = False
+        except httptools.HttpParserError:
+            self._reusable = False
+            raise BadRequest(400, "the request head is malformed") from None
         finally:
             if not self._reusable:
                 self._machine = httptools.HttpRequestParser(self)

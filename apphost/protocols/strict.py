@@ -9,6 +9,7 @@ Sources: RFC 9112 (HTTP/1.1 syntax), RFC 9110 (semantics), and the security hist
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ _FIELD_LINE = re.compile(_TOKEN + rb":" + _VALUE)
 _TOKEN_ONLY = re.compile(_TOKEN)
 
 # RFC 3986, 3.2.2: a reg-name (IPv4 is spelt in its alphabet) or an IP literal in brackets; RFC 9110, 7.2: may be empty.
-_IP_LITERAL = rb"\[(?:[0-9A-Fa-f:.]+|[vV][0-9A-Fa-f]+\.[!$&'()*+,;=\-._~:0-9A-Za-z]+)\]"
+_IP_LITERAL = rb"\[(?:(?P<v6>[0-9A-Fa-f:.]+)|[vV][0-9A-Fa-f]+\.[!$&'()*+,;=\-._~:0-9A-Za-z]+)\]"
 _REG_NAME = rb"(?:[!$&'()*+,;=\-._~0-9A-Za-z]|%[0-9A-Fa-f]{2})*"
 _HOST = re.compile(rb"(?:" + _IP_LITERAL + rb"|" + _REG_NAME + rb")(?::[0-9]{0,5})?")
 _ABSOLUTE = re.compile(rb"(?i:https?)://([^/?]+)(.*)", re.DOTALL)
@@ -78,6 +79,20 @@ def _longest_line(head: bytes, start: int) -> int:
     return max(map(len, head[start:].split(b"\r\n")))
 
 
+def is_host(value: bytes) -> bool:
+    """Whether `value` is a host with an optional port, as Host and an authority without user information have it."""
+    match = _HOST.fullmatch(value)
+    if match is None:
+        return False
+    if match["v6"] is None:
+        return True
+    try:
+        ipaddress.IPv6Address(match["v6"].decode("ascii"))
+    except ValueError:
+        return False
+    return True
+
+
 def is_field_line(line: bytes) -> bool:
     """Whether `line`, without its CRLF, is a well-formed field line (for trailers)."""
     return _FIELD_LINE.fullmatch(line) is not None
@@ -86,7 +101,7 @@ def is_field_line(line: bytes) -> bool:
 def split_fields(head: bytes) -> Headers:
     """The fields of a head that `check_raw` has passed, as sent but for the case of names and outer white space.
 
-    For the seldom case that a parser has refused or normalised what must be judged as it was sent.
+    For the seldom case that a parser refuses or normalises what must be judged as it was sent.
     """
     fields = []
     for line in head.split(b"\r\n")[1:-2]:
@@ -95,13 +110,14 @@ def split_fields(head: bytes) -> Headers:
     return fields
 
 
-def explain(head: bytes) -> None:
-    """Raise the `BadRequest` that `examine` has for a head which a parser refused.
+def read(head: bytes) -> RequestHead:
+    """The request head in bytes that `check_raw` has passed, when the parser refuses them.
 
-    Parsers find different faults first; so that the answer does not depend on the parser, ours is preferred.
+    Each parser refuses a little that is right (llhttp: methods that it does not know, a tab behind `chunked`) and finds
+    its own fault first in what is wrong. So that no answer depends on the parser, a refusal is decided here.
     """
-    method, target, version = head[: head.index(b"\r\n")].decode("latin-1").split(" ")
-    examine(RequestHead(method, target.encode("latin-1"), version[5:], split_fields(head)))
+    method, target, version = head[: head.index(b"\r\n")].split(b" ")
+    return RequestHead(method.decode("ascii"), target, version[5:].decode("ascii"), split_fields(head))
 
 
 def check_partial(data: bytes, scanned: int, limits: Limits) -> None:
@@ -150,7 +166,7 @@ def examine(head: RequestHead, underscores: str = "drop") -> None:
             coding = value
             codings += 1
         elif name == b"expect":
-            expect = value
+            expect = value if expect is None or expect == value else b"several"
         elif b"_" in name:
             underscored = True
     if underscored and underscores != "allow":
@@ -158,7 +174,7 @@ def examine(head: RequestHead, underscores: str = "drop") -> None:
     modern = head.version == "1.1"
     if hosts != 1 and (modern or hosts):
         raise BadRequest(400, "exactly one Host field is required")
-    if host is not None and _HOST.fullmatch(host) is None:
+    if host is not None and not is_host(host):
         raise BadRequest(400, "the Host field is malformed")
     head.chunked = False
     head.content_length = None
@@ -223,7 +239,7 @@ def _other_form(head: RequestHead, target: bytes) -> bytes:
     if absolute is None:
         raise BadRequest(400, "the request target is malformed")
     authority, rest = absolute.groups()
-    if _HOST.fullmatch(authority) is None or authority.startswith(b":"):
+    if not is_host(authority) or authority.startswith(b":"):
         raise BadRequest(400, "the authority of the request target is malformed")
     # RFC 9112, 3.2.2: the authority of the target replaces a received Host.
     head.headers = [(b"host", authority), *(item for item in head.headers if item[0] != b"host")]

@@ -121,8 +121,9 @@ def detect_interface(app: Any) -> str:
     if _takes(signature, 1) and (inspect.isclass(app) or next(iter(signature.parameters)) == "scope"):
         return "asgi2"
     raise ApplicationError(
-        f"{getattr(app, '__name__', type(app).__name__)}{signature} is no application: WSGI calls it with two arguments "
-        "(environ, start_response), ASGI with three (scope, receive, send). If it makes the application, add --factory"
+        f"{getattr(app, '__name__', type(app).__name__)}{signature} is no application: WSGI calls it with two "
+        "arguments (environ, start_response), ASGI with three (scope, receive, send). If it makes the application, "
+        "add --factory"
     )
 
 
