@@ -118,11 +118,11 @@ class AsgiRequest:
         else:
             if result is not None:
                 self._say(f"returned {type(result).__name__} instead of None, which is ignored")
-            if not stream.complete and stream.connected:
-                self._say("returned without completing its response")
-        finally:
             if not stream.complete:
+                if stream.connected:
+                    self._say("returned without completing its response")
                 stream.fail()
+        finally:
             interface.active.discard(self)
 
     async def receive(self) -> Event:

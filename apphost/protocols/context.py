@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -35,7 +36,7 @@ class Context:
     interface: to be set before the first connection is made.
     draining: no new requests are wanted; every response says `Connection: close`.
     requests: responses finished so far, of all connections.
-    on_request: called after each finished response (recycling counts them). on_closed: after a connection has ended.
+    on_enough: called when `requests` reaches `requests_wanted`. on_closed: called after a connection has ended.
     """
 
     __slots__ = (
@@ -45,13 +46,15 @@ class Context:
         "deadlines",
         "draining",
         "interface",
+        "keep_alive",
         "limits",
         "log",
         "loop",
         "on_closed",
-        "on_request",
+        "on_enough",
         "parser",
         "requests",
+        "requests_wanted",
         "server_fields",
         "timeouts",
         "underscores",
@@ -84,11 +87,14 @@ class Context:
         self.active: set[Handler] = set()
         self.draining = False
         self.requests = 0
-        self.on_request: Callable[[], None] = _nothing
+        self.keep_alive = self.timeouts.keep_alive
+        self.requests_wanted = -1
+        self.on_enough: Callable[[], None] = _nothing
         self.on_closed: Callable[[], None] = _nothing
 
     def tick(self, now: float) -> None:
-        """End what has timed out. The worker calls this about twice a second."""
+        """End what has timed out at the loop's time `now`. The worker calls this about twice a second."""
+        self.server_fields.refresh(time.time())
         for connection in self.deadlines.due(now):
             connection.timed_out(now)
 

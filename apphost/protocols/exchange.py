@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from apphost.protocols.base import Handler, RequestHead, ResponseError, Stream
 from apphost.protocols.body import BodyDecoder
-from apphost.protocols.response import Framing, ResponseHead, check_written, decide_framing, finish_head
+from apphost.protocols.response import Framing, ResponseHead, decide_framing, finish_head, wrong_length
 
 if TYPE_CHECKING:
     from apphost.protocols.http1 import Connection
@@ -24,6 +24,30 @@ class Progress(enum.Enum):
     HELD = enum.auto()  # its head is known and held back, so that an error can still become a 500
     BODY = enum.auto()  # the head is on the wire
     DONE = enum.auto()  # finished, well or badly: nothing more goes out
+
+
+# Looking a member up in its enum costs 0.1 us before Python 3.12.
+_NOTHING, _HELD, _BODY, _DONE = Progress.NONE, Progress.HELD, Progress.BODY, Progress.DONE
+_LENGTH, _CHUNKED, _NO_BODY, _CLOSE = Framing.LENGTH, Framing.CHUNKED, Framing.NONE, Framing.CLOSE
+
+
+class _Nobody:
+    """The handler of an exchange that is done: nothing on the wire concerns the application any more."""
+
+    def body_arrived(self) -> None:
+        pass
+
+    def disconnected(self) -> None:
+        pass
+
+    def write_resumed(self) -> None:
+        pass
+
+    def describe(self) -> str:
+        return "a finished request"
+
+
+_NOBODY = _Nobody()
 
 
 class Exchange(Stream):
@@ -54,6 +78,7 @@ class Exchange(Stream):
     handler: Handler
     _response: ResponseHead
     _framing: Framing
+    _remaining: int  # of the declared length
 
     def __init__(self, connection: Connection, head: RequestHead, decoder: BodyDecoder | None) -> None:
         self.connection = connection
@@ -65,7 +90,7 @@ class Exchange(Stream):
         self.decoder = decoder
         self.expect = head.expect
         self.keep_alive = head.keep_alive
-        self.progress = Progress.NONE
+        self.progress = _NOTHING
         self.status = 0
         self.sent = 0
         self.started_at = 0.0
@@ -81,7 +106,7 @@ class Exchange(Stream):
         assert decoder is not None
         body, rest = decoder.feed(data)
         self.expect = False
-        if body and self.progress is not Progress.DONE:
+        if body and self.progress is not _DONE:
             self._chunks.append(body)
         self.buffered += len(body)
         return rest
@@ -99,7 +124,7 @@ class Exchange(Stream):
             return data, not decoder.done
         if decoder.done:
             return b"", False
-        if self.expect and self.progress in (Progress.NONE, Progress.HELD):
+        if self.expect and self.progress in (_NOTHING, _HELD):
             self.expect = False
             self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.connection.body_taken()
@@ -121,75 +146,82 @@ class Exchange(Stream):
 
     @property
     def started(self) -> bool:
-        return self.progress is Progress.BODY or self.progress is Progress.DONE
+        return self.progress is _BODY or self.progress is _DONE
 
     @property
     def complete(self) -> bool:
-        return self.progress is Progress.DONE
+        return self.progress is _DONE
 
     def start(self, head: ResponseHead) -> None:
-        if self.progress is Progress.BODY or self.progress is Progress.DONE:
+        if self.progress is _BODY or self.progress is _DONE:
             if not self.connection.connected:
                 return
             raise ResponseError("the response has started already")
         self._response = head
         self.status = head.status
-        self.progress = Progress.HELD
+        self.progress = _HELD
 
     def write(self, data: bytes, more: bool) -> None:
         size = len(data)
-        if self.progress is Progress.HELD:
+        progress = self.progress
+        if progress is _HELD:
             known = None if more else size
             self._decide(known)
-            self._check(size, more)
-            out = self._finish_head(known)
-            self.progress = Progress.BODY
-        elif self.progress is Progress.BODY:
-            self._check(size, more)
-            out = b""
-        elif self.progress is Progress.NONE:
-            raise ResponseError("the response body came before the response start")
-        elif self.connection.connected:
-            raise ResponseError("the response is complete already")
-        else:
+        elif progress is not _BODY:
+            self._refuse_write()
             return
-        if self._framing is Framing.NONE or self.head.method == "HEAD":
+        if self._framing is _LENGTH and self.head.method != "HEAD":
+            remaining = self._remaining - size
+            if remaining < 0 or (remaining and not more):
+                raise wrong_length(remaining)
+            self._remaining = remaining
+        out = b""
+        if progress is _HELD:
+            out = self._finish_head(known)
+            self.progress = _BODY
+        if self._framing is _NO_BODY or self.head.method == "HEAD":
             if out:
                 self.connection.write(out)
         else:
             self._write_body(out, data, size, more)
         if not more:
-            self.progress = Progress.DONE
-            self.connection.response_done(self)
+            self._done()
 
-    def _check(self, size: int, more: bool) -> None:
-        if self._framing is Framing.LENGTH and self.head.method != "HEAD":
-            check_written(Framing.LENGTH, self._remaining, size, more)
-            self._remaining -= size
+    def _done(self) -> None:
+        self.progress = _DONE
+        self.handler = _NOBODY  # they refer to each other: without this every request would wait for the collector
+        self.connection.response_done(self)
+
+    def _refuse_write(self) -> None:
+        """Nothing reaches a client that is gone; anything else out of order is the application's mistake."""
+        if self.progress is _NOTHING:
+            raise ResponseError("the response body came before the response start")
+        if self.connection.connected:
+            raise ResponseError("the response is complete already")
 
     def _decide(self, known: int | None) -> None:
         response = self._response
         self._framing = framing = decide_framing(self.head.version == "1.1", response, known)
-        if framing is Framing.LENGTH:
+        if framing is _LENGTH:
             declared = response.content_length
             self._remaining = declared if declared is not None else known or 0
 
     def _finish_head(self, known: int | None) -> bytes:
         response = self._response
+        context = self.context
         modern = self.head.version == "1.1"
-        self.keep_alive = (
+        self.keep_alive = keep_alive = (
             self.keep_alive
             and not response.close
-            and not self.context.draining
-            and self._framing is not Framing.CLOSE
+            and not context.draining
+            and self._framing is not _CLOSE
             and response.status >= 200
             and (self.decoder is None or self.decoder.done or self._worth_discarding())
         )
         if self.head.method == "HEAD" and known == 0:
             known = None  # nothing says that GET would have an empty body too
-        fields = self.context.server_fields
-        extra = fields.missing(response)
-        return finish_head(response, self._framing, modern, known, self.keep_alive, extra)
+        extra = context.server_fields.missing(response)
+        return finish_head(response, self._framing, modern, known, keep_alive, extra)
 
     def _worth_discarding(self) -> bool:
         """Whether the rest of an unread body is small enough to read it for the sake of the connection.
@@ -203,7 +235,7 @@ class Exchange(Stream):
     def _write_body(self, out: bytes, data: bytes, size: int, more: bool) -> None:
         connection = self.connection
         self.sent += size
-        if self._framing is Framing.CHUNKED:
+        if self._framing is _CHUNKED:
             end = b"" if more else b"0\r\n\r\n"
             if size > COPY_MAX:
                 connection.write_many([out + b"%x\r\n" % size, data, b"\r\n" + end])
@@ -227,30 +259,32 @@ class Exchange(Stream):
         self._decide(count)
         self._remaining = count
         out = self._finish_head(count)
-        self.progress = Progress.BODY
+        self.progress = _BODY
         return fd, out
 
     def return_socket(self, count: int) -> None:
-        if self.progress is Progress.BODY:
+        if self.progress is _BODY:
             self.sent += count
-            self.progress = Progress.DONE
-            self.connection.response_done(self)
+            self._done()
 
     def fail(self) -> None:
-        if self.progress is Progress.DONE:
+        if self.progress is _DONE:
             return
-        started = self.progress is Progress.BODY
-        self.progress = Progress.DONE
+        started = self.progress is _BODY
+        self.progress = _DONE
+        self.handler = _NOBODY
         self.connection.response_failed(self, started)
 
     @property
     def ends_with_connection(self) -> bool:
         """Whether the client takes the end of the connection for the end of the body; asked once the head is out."""
-        return self._framing is Framing.CLOSE
+        return self._framing is _CLOSE
 
     # -- for the connection
 
     def client_gone(self) -> None:
         """Nothing reaches the client any more."""
-        self.progress = Progress.DONE
-        self.handler.disconnected()
+        self.progress = _DONE
+        handler = self.handler
+        self.handler = _NOBODY
+        handler.disconnected()

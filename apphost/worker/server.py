@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import signal
 import time
@@ -122,9 +123,13 @@ class Server:
 
     def _begin_serving(self) -> None:
         self._move(State.READY)
+        # What the application has made until now stays: the collector need not look at it at every full collection.
+        gc.collect()
+        gc.freeze()
         context = self.context
         context.on_closed = self._connection_closed
-        context.on_request = self._request_finished
+        context.requests_wanted = self._replace_at
+        context.on_enough = self._served_enough
         for listener in self.assignment.listeners:
             acceptor = Acceptor(self.loop, listener, context, self.log, self._has_room)
             self.acceptors.append(acceptor)
@@ -140,7 +145,10 @@ class Server:
             requests = ", ".join(self.describe_requests()[:5])
             self.log.warning(f"{self.assignment.name} cut {cut} requests short at the end of its drain: {requests}")
         for connection in list(self.context.connections):
-            connection.abort()
+            if connection.exchange is None and not connection.transport.is_closing():
+                connection.close()  # it owes nothing: an idle client sees a close, not a reset
+            else:
+                connection.abort()
         if self.pool is not None:
             self.pool.close()
 
@@ -161,9 +169,8 @@ class Server:
             for acceptor in self.acceptors:
                 acceptor.start()
 
-    def _request_finished(self) -> None:
-        if self.context.requests == self._replace_at:
-            self.channel.send({"t": "replace", "why": f"max_requests: {self._replace_at} requests served"})
+    def _served_enough(self) -> None:
+        self.channel.send({"t": "replace", "why": f"max_requests: {self._replace_at} requests served"})
 
     def _tick(self) -> None:
         now = self.loop.time()
