@@ -31,7 +31,7 @@ from apphost.arbiter.processes import (
 )
 from apphost.errors import ExitCode
 from apphost.logs import Log
-from apphost.messages import Channel, Message, ProtocolError
+from apphost.messages import MAX_FDS, Channel, Message, ProtocolError
 from apphost.settings import Loaded, Settings, Source, restart_needed
 
 DUMP_SIGNAL = signal.SIGUSR2  # the worker's handler writes its stacks and requests into its dump file
@@ -379,7 +379,17 @@ class Arbiter:
         if not worker.expected:
             self.log.info(f"{worker.name} draining: {action.reason}", **_who(worker), reason=str(action.reason))
         worker.expected = True
-        self._send(worker.channel, {"t": "drain", "seconds": action.seconds, "reason": str(action.reason)})
+        order = {"t": "drain", "seconds": action.seconds, "reason": str(action.reason)}
+        successors = [self.workers[wid] for wid in action.successors if wid in self.workers]
+        ours: list[socket.socket] = []
+        for successor in successors[:MAX_FDS]:
+            one, other = socket.socketpair()
+            ours.append(one)
+            self._send(successor.channel, {"t": "adopt", "from": action.wid}, [other.fileno()])
+            other.close()
+        self._send(worker.channel, order, [sock.fileno() for sock in ours])
+        for sock in ours:
+            sock.close()
 
     def _dump(self, action: v.Dump) -> None:
         worker = self.workers.get(action.wid)

@@ -378,7 +378,8 @@ def _drain(fleet: Fleet, worker: Worker, reason: Reason, now: float) -> Action:
 
 def _successors(fleet: Fleet, worker: Worker) -> list[int]:
     """Who may take over the connections of `worker`: what is newest among the ready, which need not be the target."""
-    ready = [w for w in fleet.having(State.READY) if w.generation >= worker.generation and not w.stale]
+    ready = [w for w in fleet.having(State.READY) if w.generation >= worker.generation]
+    ready = [w for w in ready if not w.stale] or ready
     newest = max((w.generation for w in ready), default=0)
     return [w.wid for w in ready if w.generation == newest]
 

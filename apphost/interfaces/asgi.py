@@ -109,21 +109,25 @@ class AsgiRequest:
         try:
             result = await interface.app(scope, self.receive, self.send)
         except asyncio.CancelledError:
-            stream.fail()
+            self._fail()
             raise
         except BaseException as exc:
             if not (self.gone and is_disconnect(exc)):
                 self._report(exc)
-            stream.fail()
+            self._fail()
         else:
             if result is not None:
                 self._say(f"returned {type(result).__name__} instead of None, which is ignored")
             if not stream.complete:
                 if stream.connected:
                     self._say("returned without completing its response")
-                stream.fail()
+                self._fail()
         finally:
             interface.active.discard(self)
+
+    def _fail(self) -> None:
+        self.stream.fail()
+        self._wake()  # a task that the application has left behind may wait in `receive`
 
     async def receive(self) -> Event:
         """The next event: `http.request` until the body is complete, `http.disconnect` from the end on."""
@@ -226,10 +230,17 @@ def add_root_path(root_path: str, path: str, raw_path: bytes) -> tuple[str, byte
 
 def failure(exc: BaseException, started: bool) -> str:
     """What an exception out of the application meant for the client, in a few words for the log."""
-    outcome = "the response was cut short" if started else "the client got a 500 answer"
-    said = f" ({exc})" if str(exc) else ""
+    return raised(exc, "the response was cut short" if started else "the client got a 500 answer")
+
+
+def raised(exc: BaseException, outcome: str) -> str:
+    """That `exc` was raised, and the `outcome`, in a few words for the log."""
+    try:
+        said = str(exc)
+    except Exception:
+        said = ""  # its own __str__ fails; the traceback says so
     exits = "" if isinstance(exc, Exception) else "; it asked to end the process, but the worker goes on"
-    return f"raised {type(exc).__name__}{said}: {outcome}{exits}"
+    return f"raised {type(exc).__name__}{f' ({said})' if said else ''}: {outcome}{exits}"
 
 
 def is_disconnect(exc: BaseException | None) -> bool:

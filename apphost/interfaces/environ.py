@@ -43,7 +43,7 @@ def request_environ(base: dict[str, Any], stream: Stream, root_path: str, body: 
     environ["wsgi.url_scheme"] = stream.scheme
     environ["wsgi.input"] = body
     host, port = stream.server
-    environ["SERVER_NAME"] = host or "localhost"
+    environ["SERVER_NAME"] = host if port is not None else "localhost"  # the path of a Unix socket is no host name
     environ["SERVER_PORT"] = str(port) if port is not None else ("443" if stream.scheme == "https" else "80")
     client = stream.client
     environ["REMOTE_ADDR"] = client[0] if client else ""

@@ -71,8 +71,10 @@ class ThreadPool:
         # Cleared first: whoever posts from here on either is seen below or wakes the loop again.
         self._woken = False
         posted = self._posted
-        for _ in range(len(posted)):
-            posted.popleft()()
-        if posted and not self._woken:
-            self._woken = True
-            self._loop.call_soon(self._drain)
+        try:
+            for _ in range(len(posted)):
+                posted.popleft()()
+        finally:  # also when one of them has raised: the others must not wait for the next wake-up
+            if posted and not self._woken:
+                self._woken = True
+                self._loop.call_soon(self._drain)

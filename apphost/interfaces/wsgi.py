@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, cast
 
 from apphost.errors import user_traceback
-from apphost.interfaces.asgi import failure, is_disconnect
+from apphost.interfaces.asgi import failure, is_disconnect, raised
 from apphost.interfaces.environ import base_environ, request_environ
 from apphost.interfaces.threads import ThreadPool
 from apphost.interfaces.wsgi_io import BodyInput, ErrorLog, FileWrapper, file_to_send, send_file
@@ -65,8 +65,8 @@ class WsgiInterface:
         self.active = active
         self.worker = worker
         self.root_path = root_path
-        errors = ErrorLog(log, worker)
-        self.base = base_environ(root_path, errors, multithread=multithread, multiprocess=multiprocess)
+        self.errors = ErrorLog(log, worker)
+        self.base = base_environ(root_path, self.errors, multithread=multithread, multiprocess=multiprocess)
 
     def handle(self, stream: Stream) -> WsgiRequest:
         request = WsgiRequest(self, stream)
@@ -174,6 +174,7 @@ class WsgiRequest:
         else:
             if self.gone:
                 interface.pool.post(self._fail)
+        interface.errors.flush()
 
     def _call(self) -> None:
         interface = self.interface
@@ -187,7 +188,15 @@ class WsgiRequest:
         finally:
             close = getattr(result, "close", None)
             if close is not None:
-                close()
+                self._close(close)
+
+    def _close(self, close: Callable[[], object]) -> None:
+        """PEP 3333: called once, however the response ended; what it raises cannot change the response any more."""
+        try:
+            close()
+        except BaseException as exc:
+            if not (self.gone and is_disconnect(exc)):
+                self._say(raised(exc, "in the close() of its response"), user_traceback(exc))
 
     def _respond(self, result: Iterable[bytes]) -> None:
         sendable = file_to_send(result, self.headers_sent) if type(result) is FileWrapper else None
@@ -195,16 +204,18 @@ class WsgiRequest:
             return
         single = type(result) in (list, tuple) and len(cast(Any, result)) <= 1
         if single and not self.headers_sent:
-            self._respond_at_once(b"".join(result))
+            self._respond_at_once(cast(Any, result)[0] if result else b"")
             return
         for block in result:
-            if block:
+            if block or not isinstance(block, bytes):  # the latter for the complaint
                 self.emit(block)
             if self.gone:
                 return
         self._finish()
 
     def _respond_at_once(self, block: bytes) -> None:
+        if not isinstance(block, bytes):
+            raise no_bytes(block)
         head = self._started()
         fitting = self._clip(head, block)
         self.headers_sent = True
@@ -220,7 +231,7 @@ class WsgiRequest:
     def emit(self, block: bytes) -> None:
         """Send one block; waits while more than a window is on its way. Raises `ClientDisconnected`."""
         if not isinstance(block, bytes):
-            raise TypeError(f"a block of the response must be bytes, not {type(block).__name__}")
+            raise no_bytes(block)
         response = self._started()
         fitting = self._clip(response, block)
         head = None if self.headers_sent else response
@@ -259,9 +270,9 @@ class WsgiRequest:
         self, status: str, headers: list[tuple[str, str]], exc_info: ExcInfo | None = None
     ) -> Callable[[bytes], None]:
         """PEP 3333. Raises `TypeError`, `ValueError` or `AssertionError` for what the application got wrong."""
-        if exc_info is not None:
+        if exc_info is not None and exc_info[1] is not None:
             try:
-                if self.headers_sent and exc_info[1] is not None:
+                if self.headers_sent:
                     raise exc_info[1].with_traceback(exc_info[2])
             finally:
                 exc_info = None  # or the frames in the traceback would keep each other alive
@@ -311,6 +322,10 @@ class WsgiRequest:
         self.interface.log.error(f"{self.interface.worker}: the application {what}, in {self.describe()}", detail)
 
 
+def no_bytes(block: object) -> TypeError:
+    return TypeError(f"a block of the response must be bytes, not {type(block).__name__}")
+
+
 def parse_status(status: str) -> tuple[int, bytes]:
     """`"404 Not Found"` to (404, b"Not Found"). Raises `TypeError` or `ValueError` (PEP 3333: three digits first)."""
     if not isinstance(status, str):
@@ -328,7 +343,7 @@ def encode_headers(headers: list[tuple[str, str]]) -> Headers:
         raise TypeError(f"the headers must be a list, not {type(headers).__name__}")
     encoded = []
     for name, value in headers:
-        if type(name) is not str or type(value) is not str:
+        if not isinstance(name, str) or not isinstance(value, str):
             raise TypeError(f"a header must be a pair of str: {(name, value)!r}")
         if name.lower() in HOP_BY_HOP:
             raise ValueError(f"{name!r} is a hop-by-hop header: it belongs to the server")

@@ -9,7 +9,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from apphost.logs import Log
 from apphost.protocols.base import ClientDisconnected
@@ -31,7 +31,8 @@ class BodyInput(io.RawIOBase):
     def __init__(self, request: WsgiRequest, start: bytes) -> None:
         self._request = request
         self._ready = threading.Condition()
-        self._buffer = start
+        self._buffer = start  # emptied when it is used up, so that it is true as long as there is something in it
+        self._position = 0  # where the application has read to in it
         self._more = True
         self._asked = False
 
@@ -79,7 +80,12 @@ class BodyInput(io.RawIOBase):
             return True
 
     def _pop(self, size: int) -> bytes:
-        data, self._buffer = self._buffer[:size], self._buffer[size:]
+        start = self._position
+        self._position = end = start + size
+        data = self._buffer[start:end]
+        if end >= len(self._buffer):
+            self._buffer = b""
+            self._position = 0
         return data
 
     def readable(self) -> bool:
@@ -112,8 +118,8 @@ class BodyInput(io.RawIOBase):
         parts: list[bytes] = []
         length = 0
         while (limit < 0 or length < limit) and (self._buffer or self._fill()):
-            end = self._buffer.find(b"\n") + 1
-            want = end or len(self._buffer)
+            end = self._buffer.find(b"\n", self._position) + 1
+            want = (end or len(self._buffer)) - self._position
             if limit >= 0:
                 want = min(want, limit - length)
             parts.append(self._pop(want))
@@ -182,15 +188,35 @@ def file_to_send(result: FileWrapper, headers_sent: bool) -> tuple[int, int, int
     if headers_sent or not hasattr(os, "sendfile"):
         return None
     try:
-        fd = result.filelike.fileno()
+        file = plain_file(result.filelike)
+        if file is None:
+            return None
+        fd = file.fileno()
         info = os.fstat(fd)
         # Where the application has read to, which for a buffered file is not where the descriptor stands.
-        offset = result.filelike.tell()
-    except (AttributeError, OSError, ValueError):
+        offset = file.tell()
+    except (OSError, ValueError):
         return None
     if not stat.S_ISREG(info.st_mode) or not isinstance(offset, int) or offset >= info.st_size:
         return None
     return fd, offset, info.st_size - offset
+
+
+def plain_file(filelike: Any) -> io.IOBase | None:
+    """The binary file of the system that `filelike` is, or wraps in a `file` attribute (tempfile, Django); else None.
+
+    That there is a `fileno` is not enough: a `GzipFile` has one, and what it reads is not what its descriptor has.
+    """
+    file = filelike
+    for _ in range(3):
+        kind = type(file)
+        if kind is io.FileIO or (kind in _BUFFERED and type(file.raw) is io.FileIO):
+            return cast(io.IOBase, file)
+        file = getattr(file, "file", None)
+    return None
+
+
+_BUFFERED = (io.BufferedReader, io.BufferedRandom)
 
 
 def send_file(request: WsgiRequest, file: tuple[int, int, int], head: ResponseHead) -> bool:
@@ -254,6 +280,7 @@ def _copy(request: WsgiRequest, sock: int, head: bytes, fd: int, offset: int, co
             _wait_writable(request, writable, time.monotonic() + request.stream.context.timeouts.write)
             continue
         except (BrokenPipeError, ConnectionResetError):
+            request.gone = True  # the loop may not have noticed yet
             raise ClientDisconnected("the client has closed the connection") from None
         if sent == 0:
             raise OSError("the file became shorter while it was sent")

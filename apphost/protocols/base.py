@@ -168,7 +168,7 @@ class Stream(ABC):
     @property
     @abstractmethod
     def connected(self) -> bool:
-        """False once nothing can reach the client any more; `start` and `write` then do nothing."""
+        """False once nothing of this response can reach the client any more: then do without `start` and `write`."""
 
     @property
     @abstractmethod

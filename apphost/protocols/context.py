@@ -16,6 +16,7 @@ from apphost.protocols.strict import Limits
 
 if TYPE_CHECKING:
     from apphost.protocols.http1 import Connection
+    from apphost.protocols.wire import Wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,8 @@ class Context:
     """Shared by all connections of a worker; the worker makes one. Event loop only.
 
     interface: to be set before the first connection is made.
-    draining: no new requests are wanted; every response says `Connection: close`.
+    draining: the worker wants to go. closing: every response says `Connection: close`.
+    on_idle: called with each connection that has come to wait for a request (so that it can move), None: not wanted.
     requests: responses finished so far, of all connections.
     on_enough: called when `requests` reaches `requests_wanted`. on_closed: called after a connection has ended.
     """
@@ -42,6 +44,7 @@ class Context:
     __slots__ = (
         "access_log",
         "active",
+        "closing",
         "connections",
         "deadlines",
         "draining",
@@ -52,6 +55,7 @@ class Context:
         "loop",
         "on_closed",
         "on_enough",
+        "on_idle",
         "parser",
         "requests",
         "requests_wanted",
@@ -82,10 +86,12 @@ class Context:
         self.server_fields = server_fields or ServerFields(date=True, server=True)
         self.access_log = access_log
         self.underscores = underscores
-        self.deadlines: Deadlines[Connection] = Deadlines()
+        self.deadlines: Deadlines[Wire] = Deadlines()
         self.connections: set[Connection] = set()
         self.active: set[Handler] = set()
         self.draining = False
+        self.closing = False
+        self.on_idle: Callable[[Connection], None] | None = None
         self.requests = 0
         self.keep_alive = self.timeouts.keep_alive
         self.requests_wanted = -1

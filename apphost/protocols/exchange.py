@@ -168,8 +168,7 @@ class Exchange(Stream):
             known = None if more else size
             self._decide(known)
         elif progress is not _BODY:
-            self._refuse_write()
-            return
+            raise self._out_of_order()
         if self._framing is _LENGTH and self.head.method != "HEAD":
             remaining = self._remaining - size
             if remaining < 0 or (remaining and not more):
@@ -192,12 +191,10 @@ class Exchange(Stream):
         self.handler = _NOBODY  # they refer to each other: without this every request would wait for the collector
         self.connection.response_done(self)
 
-    def _refuse_write(self) -> None:
-        """Nothing reaches a client that is gone; anything else out of order is the application's mistake."""
+    def _out_of_order(self) -> ResponseError:
         if self.progress is _NOTHING:
-            raise ResponseError("the response body came before the response start")
-        if self.connection.connected:
-            raise ResponseError("the response is complete already")
+            return ResponseError("the response body came before the response start")
+        return ResponseError("the response is complete already")
 
     def _decide(self, known: int | None) -> None:
         response = self._response
@@ -213,7 +210,7 @@ class Exchange(Stream):
         self.keep_alive = keep_alive = (
             self.keep_alive
             and not response.close
-            and not context.draining
+            and not context.closing
             and self._framing is not _CLOSE
             and response.status >= 200
             and (self.decoder is None or self.decoder.done or self._worth_discarding())

@@ -5,6 +5,7 @@ is handled according to the phase that the connection is in; the table `_BEHAVIO
 
     WAITING --> HEAD --> BUSY --> WAITING ...            the life of a keep-alive connection
                            +----> DISCARDING --> WAITING  an unread body is read away first
+    WAITING or HEAD --> MOVING --> CLOSED                 to another worker, or back if that does not take it
     any -----------------------> LINGERING --> CLOSED     an early answer: ours is said, the client may still talk
     any -----------------------> CLOSED
 """
@@ -12,11 +13,7 @@ is handled according to the phase that the connection is in; the table `_BEHAVIO
 from __future__ import annotations
 
 import asyncio
-import enum
-import os
 import re
-import socket
-import struct
 import time
 from collections.abc import Callable
 from typing import cast
@@ -24,81 +21,75 @@ from typing import cast
 from apphost.protocols import strict
 from apphost.protocols.base import BadRequest, RequestHead
 from apphost.protocols.body import decoder_for
+from apphost.protocols.capsule import Capsule
 from apphost.protocols.context import Context
-from apphost.protocols.deadlines import NEVER, RESOLUTION
+from apphost.protocols.deadlines import NEVER
 from apphost.protocols.exchange import DISCARD_MAX, HIGH_WATER, Exchange
 from apphost.protocols.response import error_response
+from apphost.protocols.wire import Phase, Wire
 
 BUFFER_MAX = 65536  # bytes of pipelined requests that wait for their turn before reading pauses
 
 _LEADING_CRLF = re.compile(rb"(?:\r\n)+")  # RFC 9112, 2.2: some old clients send CRLF after a body
-_RESET = struct.pack("ii", 1, 0)  # SO_LINGER, on, 0 s: close sends RST
-
-
-class Phase(enum.Enum):
-    WAITING = "waiting"  # for the first byte of a request
-    HEAD = "head"  # a head is half received
-    BUSY = "busy"  # a request is being answered
-    DISCARDING = "discarding"  # answered, but the rest of its body must come before the next request can
-    LINGERING = "lingering"  # the last word is said; reading on, so that it is not lost to a reset (RFC 9112, 9.6)
-    CLOSED = "closed"
 
 
 # Looking a member up in its enum costs 0.1 us before Python 3.12.
-_WAITING, _HEAD, _BUSY = Phase.WAITING, Phase.HEAD, Phase.BUSY
-_DISCARDING, _LINGERING, _CLOSED = Phase.DISCARDING, Phase.LINGERING, Phase.CLOSED
+_WAITING, _HEAD, _BUSY, _MOVING = Phase.WAITING, Phase.HEAD, Phase.BUSY, Phase.MOVING
+_DISCARDING, _CLOSED = Phase.DISCARDING, Phase.CLOSED
 
 
-class Connection(asyncio.Protocol):
-    """One client connection. Event loop only; the loop calls the `asyncio.Protocol` methods."""
+class Connection(Wire):
+    """One client connection. Event loop only; the loop calls the `asyncio.Protocol` methods.
 
-    __slots__ = (
-        "buffer",
-        "client",
-        "context",
-        "eof",
-        "exchange",
-        "phase",
-        "read_deadline",
-        "read_paused",
-        "requests",
-        "scanned",
-        "scheme",
-        "server",
-        "slot",
-        "transport",
-        "write_deadline",
-        "write_paused",
-    )
+    `capsule`: it comes from another worker, and goes on where it was.
+    """
 
-    transport: asyncio.Transport
-    exchange: Exchange | None
-    client: tuple[str, int] | None
-    server: tuple[str, int | None]
+    __slots__ = ("_capsule",)
 
-    def __init__(self, context: Context) -> None:
-        self.context = context
-        self.phase = _WAITING
-        self.buffer = b""
-        self.scanned = 0  # bytes of `buffer` in which the end of a head was looked for in vain
-        self.exchange = None
-        self.requests = 0
-        self.eof = False  # the client has ended its side
-        self.read_paused = False
-        self.write_paused = False
-        self.read_deadline = NEVER
-        self.write_deadline = NEVER
-        self.slot = 0
-        self.scheme = "http"
+    def __init__(self, context: Context, capsule: Capsule | None = None) -> None:
+        super().__init__(context)
+        self._capsule = capsule
 
     # -- the transport's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
-        self.client, self.server = _addresses(transport)
         context = self.context
         context.connections.add(self)
-        self._arm(context.loop.time() + context.timeouts.request_header)
+        if self._capsule is not None:
+            self._unpack(self._capsule)
+        else:
+            self.client, self.server = _addresses(transport)
+            self._arm(context.loop.time() + context.timeouts.request_header)
+        if context.on_idle is not None:
+            context.on_idle(self)
+
+    def _unpack(self, capsule: Capsule) -> None:
+        """Go on where another worker has stopped."""
+        self._capsule = None
+        self.client, self.server, self.scheme = capsule.client, capsule.server, capsule.scheme
+        self.requests = capsule.requests
+        self.buffer = capsule.data
+        self.phase = _HEAD if capsule.half else _WAITING
+        self._arm(self.context.loop.time() + capsule.left)
+        self._pump_later()
+
+    def _pump_later(self) -> None:
+        """Look at what is in the buffer, but not at once: answers to pipelined requests must not nest, and other
+        connections want their turn."""
+        if self.buffer and self.phase is _WAITING:
+            self.context.loop.call_soon(self._pump)
+
+    def stay(self) -> None:
+        """No other worker has taken it: go on here, where it was."""
+        if self.phase is not _MOVING:
+            return
+        self.phase = _WAITING
+        self._arm(self.context.loop.time() + self.context.timeouts.request_header)
+        self._resume()
+        data, self.buffer, self.scanned = self.buffer, b"", 0
+        if data:
+            self._take_head(data)
 
     def data_received(self, data: bytes) -> None:
         if self.phase is _WAITING:
@@ -124,6 +115,8 @@ class Connection(asyncio.Protocol):
             self.exchange.handler.write_resumed()
         elif self.phase is _WAITING:
             self._pump()
+            if self.context.on_idle is not None:
+                self.context.on_idle(self)
 
     def connection_lost(self, _exc: Exception | None) -> None:
         context = self.context
@@ -292,14 +285,6 @@ class Connection(asyncio.Protocol):
     def write_many(self, pieces: list[bytes]) -> None:
         self.transport.writelines(pieces)
 
-    def lendable_socket(self) -> int | None:
-        """A duplicate of the socket's descriptor for writing past the transport, None when that cannot be done."""
-        transport = self.transport
-        sock = transport.get_extra_info("socket")
-        if sock is None or transport.get_extra_info("sslcontext") is not None or transport.get_write_buffer_size():
-            return None
-        return os.dup(sock.fileno())
-
     def response_done(self, exchange: Exchange) -> None:
         """The response is complete; the application may go on working, the connection does not wait for it."""
         context = self.context
@@ -340,17 +325,20 @@ class Connection(asyncio.Protocol):
         self.phase = _WAITING
         self._arm(context.loop.time() + context.keep_alive)
         if self.buffer:
-            # Not at once: answers to pipelined requests must not nest, and other connections want their turn.
-            context.loop.call_soon(self._pump)
+            self._pump_later()
         elif self.eof:
             self.close()
         if self.read_paused:
             self._resume()
+        if context.on_idle is not None:
+            context.on_idle(self)
 
     def _pump(self) -> None:
         if self.phase is _WAITING and self.buffer and not self.write_paused:
             data, self.buffer = self.buffer, b""
             self._take_head(data)
+            if self.eof:  # that came before this request began
+                _BEHAVIOUR[self.phase].eof(self)
 
     # -- ends
 
@@ -368,28 +356,6 @@ class Connection(asyncio.Protocol):
         self.transport.write(response)
         self.linger()
 
-    def close(self) -> None:
-        """Close after what is written has gone out."""
-        self.exchange = None
-        self.phase = _CLOSED
-        self._arm(self.context.loop.time() + self.context.timeouts.write)
-        self.transport.close()
-
-    def linger(self) -> None:
-        """Say that nothing more comes, and read on for a while: closing with unread bytes would send a reset, and a
-        reset can destroy the answer on its way (RFC 9112, 9.6)."""
-        self.exchange = None
-        self.buffer = b""
-        if self.eof or self.transport.is_closing() or not self.transport.can_write_eof():
-            self.close()
-            return
-        self.phase = _LINGERING
-        timeouts = self.context.timeouts
-        patience = timeouts.linger_draining if self.context.draining else timeouts.linger
-        self._arm(self.context.loop.time() + patience)
-        self.transport.write_eof()
-        self._resume()
-
     def _cut(self, exchange: Exchange) -> None:
         """End the connection so that the client sees that the response is incomplete."""
         ends_with_connection = exchange.ends_with_connection
@@ -397,15 +363,6 @@ class Connection(asyncio.Protocol):
             self.abort()
         else:
             self.linger()
-
-    def abort(self) -> None:
-        """End at once, with a reset."""
-        self.exchange = None
-        self.phase = _CLOSED
-        sock: socket.socket | None = self.transport.get_extra_info("socket")
-        if sock is not None and sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-        self.transport.abort()
 
     def drain(self, deadline: float) -> None:
         """The worker wants to go: an idle connection is closed at `deadline` if it stays silent; the response to its
@@ -430,10 +387,6 @@ class Connection(asyncio.Protocol):
 
     # -- time-outs
 
-    @property
-    def deadline(self) -> float:
-        return self.read_deadline if self.read_deadline < self.write_deadline else self.write_deadline
-
     def timed_out(self, now: float) -> None:
         if self.write_deadline <= now:
             exchange = self.exchange
@@ -452,28 +405,10 @@ class Connection(asyncio.Protocol):
         assert exchange is not None
         self._refuse_body(exchange, BadRequest(408, "the request body did not come in time"))
 
-    def _arm(self, deadline: float) -> None:
-        self.read_deadline = deadline
-        if not self.slot or deadline < self.slot * RESOLUTION - RESOLUTION:
-            self.context.deadlines.watch(self)
-
-    # -- flow of the client's bytes
-
-    def _pause(self) -> None:
-        if not self.read_paused and not self.eof:
-            self.read_paused = True
-            self.transport.pause_reading()
-
-    def _resume(self) -> None:
-        if self.read_paused:
-            self.read_paused = False
-            if not self.transport.is_closing():
-                self.transport.resume_reading()
-
-    @property
-    def peer(self) -> str:
-        """The client for logs: `127.0.0.1:4711`, or `unix`."""
-        return f"{self.client[0]}:{self.client[1]}" if self.client else "unix"
+    def _keep_moving(self, data: bytes) -> None:
+        """Bytes in spite of the pause: read, so whoever goes on with the connection must get them. We do."""
+        self.buffer += data
+        self.stay()
 
     def _ignore(self, _data: bytes = b"") -> None:
         pass
@@ -500,6 +435,7 @@ _BEHAVIOUR = {
     Phase.HEAD: _Behaviour(Connection._take_head, Connection._eof_idle, Connection._timeout_head),
     Phase.BUSY: _Behaviour(Connection._take_busy, Connection._eof_busy, Connection._timeout_body),
     Phase.DISCARDING: _Behaviour(Connection._discard, Connection.close, Connection.linger),
+    Phase.MOVING: _Behaviour(Connection._keep_moving, Connection._ignore, Connection._ignore),
     Phase.LINGERING: _Behaviour(Connection._ignore, Connection.close, Connection.close),
     Phase.CLOSED: _Behaviour(Connection._ignore, Connection._ignore, Connection.abort),
 }

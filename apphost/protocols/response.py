@@ -45,6 +45,7 @@ _SPECIAL = {
     b"date": Field.DATE,
     b"server": Field.SERVER,
 }
+_SPLITTING = "a header value contains CR, LF or NUL"
 _KNOWN: dict[bytes, int] = {}
 _KNOWN_MAX = 1024  # an application uses a few dozen names; a bound, so that one which makes names up costs no memory
 
@@ -87,7 +88,7 @@ class ResponseHead:
         # One look at all lines together: each has its one CRLF, so nothing in a value can have smuggled in another.
         self.text = text = b"".join(lines)
         if text.count(b"\n") != len(lines) or text.count(b"\r") != len(lines) or b"\0" in text:
-            raise ValueError("a header value contains CR, LF or NUL")
+            raise ValueError(_SPLITTING)
 
     def _take_special(self, kind: int, value: bytes) -> bool:
         """Note what a special field says; whether its line is kept."""
@@ -97,15 +98,18 @@ class ResponseHead:
             self.has_date = True
         elif kind == _SERVER:
             self.has_server = True
-        else:
-            if kind == _CONNECTION and b"close" in bytes(value).lower():
+        else:  # not sent, but it shows what the application lets through
+            value = bytes(value).lower()
+            if b"\r" in value or b"\n" in value or b"\0" in value:
+                raise ValueError(_SPLITTING)
+            if kind == _CONNECTION and b"close" in value:
                 self.close = True
             return False
         return True
 
     def _take_length(self, value: bytes) -> bool:
         if not value.isdigit():
-            value = bytes(value).strip()
+            value = bytes(value).strip(b" \t")
             if not value.isdigit():
                 raise ValueError(f"not a Content-Length: {value!r}")
         length = int(value)
@@ -154,7 +158,7 @@ _STATUS_LINES = {status.value: b"HTTP/1.1 %d %b\r\n" % (status, status.phrase.en
 def status_line(status: int) -> bytes:
     """The status line, with an empty reason for an unknown code. Raises `TypeError`, `ValueError` (100 to 999)."""
     line = _STATUS_LINES.get(status)
-    if line is None or type(status) is not int:
+    if line is None or not isinstance(status, int):  # a float may equal a status
         line = custom_status_line(status, b"")
     return line
 

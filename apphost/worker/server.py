@@ -6,7 +6,9 @@ import asyncio
 import gc
 import random
 import signal
+import socket
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from apphost.errors import PrivilegesError
@@ -20,6 +22,7 @@ from apphost.protocols.context import Context, Timeouts
 from apphost.protocols.response import ServerFields
 from apphost.protocols.strict import Limits
 from apphost.worker.acceptor import Acceptor
+from apphost.worker.handover import Receiver, Sender
 from apphost.worker.loading import load_plugin
 
 if TYPE_CHECKING:
@@ -47,6 +50,8 @@ class Server:
         self.context = self._make_context(parser)
         self.acceptors: list[Acceptor] = []
         self.pool: ThreadPool | None = None
+        self.sender: Sender | None = None  # to the successors, while draining
+        self.receivers: set[Receiver] = set()  # from workers that drain
         self.drained = asyncio.Event()
         self._tick_handle: asyncio.TimerHandle | None = None
         self._replace_at = _requests_until_replaced(self.settings)
@@ -149,6 +154,10 @@ class Server:
                 connection.close()  # it owes nothing: an idle client sees a close, not a reset
             else:
                 connection.abort()
+        if self.sender is not None:
+            self.sender.close()
+        for receiver in self.receivers:
+            receiver.close()
         if self.pool is not None:
             self.pool.close()
 
@@ -160,6 +169,7 @@ class Server:
 
     def _has_room(self) -> bool:
         opening = sum(len(acceptor.opening) for acceptor in self.acceptors)
+        opening += sum(len(receiver.opening) for receiver in self.receivers)
         return len(self.context.connections) + opening < self.settings.limit_connections
 
     def _connection_closed(self) -> None:
@@ -180,6 +190,8 @@ class Server:
         figures = {"requests": context.requests, "connections": len(context.connections), "active": len(context.active)}
         self.channel.send({"t": "beat", **figures})
         if self.state is State.DRAINING:
+            if self.sender is not None:
+                self.sender.tick(now)
             self._check_drained()
 
     def describe_requests(self) -> list[str]:
@@ -199,12 +211,20 @@ class Server:
             self.loop.remove_reader(self.channel.fileno())
             self.drain(self.settings.graceful_timeout, "the arbiter is gone")
             return
-        for message, _fds in messages:
-            self._obey(message)
+        for message, fds in messages:
+            self._obey(message, [socket.socket(fileno=fd) for fd in fds])
 
-    def _obey(self, message: Message) -> None:
+    def _obey(self, message: Message, sockets: list[socket.socket]) -> None:
         if message["t"] == "drain":
-            self.drain(float(message["seconds"]), str(message["reason"]))
+            self.drain(float(message["seconds"]), str(message["reason"]), sockets)
+        elif message["t"] == "adopt" and len(sockets) == 1:
+            welcome = self._welcome
+            receiver = Receiver(self.loop, self.log, self.context, sockets[0], welcome, self.receivers.discard)
+            self.receivers.add(receiver)
+
+    def _welcome(self) -> bool:
+        """Whether a connection of another worker may come here."""
+        return self.state is State.READY and self._has_room()
 
     def _stray_term(self) -> None:
         """A container runtime may send TERM to every process: take it as the arbiter's word, and tell it."""
@@ -212,8 +232,12 @@ class Server:
             self.channel.send({"t": "leaving", "why": "TERM"})
         self.drain(self.settings.graceful_timeout, "TERM")
 
-    def drain(self, seconds: float, reason: str) -> None:
-        """Finish within `seconds`: accept nothing, answer what was asked. A later call can only shorten the time."""
+    def drain(self, seconds: float, reason: str, successors: Sequence[socket.socket] = ()) -> None:
+        """Finish within `seconds`: accept nothing, answer what was asked. A later call can only shorten the time.
+
+        Connections that wait for a request move to the `successors`. Without any, they get one more answer, which says
+        `Connection: close`.
+        """
         now = self.loop.time()
         stopping = reason == "stop"
         if self.state is State.DRAINING:
@@ -224,13 +248,31 @@ class Server:
             self.context.draining = True
             for acceptor in self.acceptors:
                 acceptor.stop(take_rest=stopping)
-        idle_until = min(self.deadline, now + IDLE_STOP_GRACE) if stopping else self.deadline
-        for connection in list(self.context.connections):
-            connection.drain(idle_until)
-        if stopping:
-            self.loop.call_later(IDLE_STOP_GRACE, self._close_idle)
+        if successors and not stopping and self.sender is None:
+            self._move_connections(successors)
+        elif stopping or self.sender is None:
+            self._end_connections(stopping)
         self.loop.call_at(self.deadline, self.drained.set)
         self._check_drained()
+
+    def _move_connections(self, successors: Sequence[socket.socket]) -> None:
+        self.sender = Sender(self.loop, self.log, self.assignment.name, lambda: self._end_connections(False))
+        for sock in successors:
+            self.sender.add(sock)
+        self.context.on_idle = self.sender.offer
+        for connection in list(self.context.connections):
+            self.sender.offer(connection)
+
+    def _end_connections(self, stopping: bool) -> None:
+        """Nobody takes our connections: each gets its polite end here."""
+        self.context.on_idle = None
+        self.context.closing = True
+        idle_until = self.deadline
+        if stopping:
+            idle_until = min(self.deadline, self.loop.time() + IDLE_STOP_GRACE)
+            self.loop.call_later(IDLE_STOP_GRACE, self._close_idle)
+        for connection in list(self.context.connections):
+            connection.drain(idle_until)
 
     def _close_idle(self) -> None:
         """On a stop nobody waits for a connection that is silent."""
@@ -241,7 +283,7 @@ class Server:
 
     def _check_drained(self) -> None:
         """Set `drained` when nothing is left to finish."""
-        opening = any(acceptor.opening for acceptor in self.acceptors)
+        opening = any(acceptor.opening for acceptor in self.acceptors) or any(each.busy for each in self.receivers)
         busy = self.pool is not None and self.pool.busy
         if not self.context.connections and not self.context.active and not opening and not busy:
             self.drained.set()

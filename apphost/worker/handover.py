@@ -1,0 +1,283 @@
+"""Moving connections from a draining worker to its successors, without their clients noticing.
+
+    sender                                       receiver
+    stops reading, MOVE + descriptor   ----->    keeps the descriptor, does not touch it
+                                       <-----    PREPARED, or REFUSED: then the sender reads on
+    COMMIT, closes its descriptor      ----->    reads and serves
+
+CANCEL in place of COMMIT takes the offer back.
+
+What holds at every moment, whoever dies:
+- a byte is parsed by exactly one worker: the sender reads nothing after MOVE unless it has the connection back, the
+  receiver nothing before COMMIT;
+- at least one process holds the socket: the sender's descriptor is closed only after COMMIT was sent;
+- the receiver writes nothing before the sender has written everything: only a connection without unsent bytes moves.
+
+When the receiver dies before COMMIT, or does not answer, the sender still owns the connection and serves on. When the
+sender dies before COMMIT, the receiver closes what it was given. What cannot move is drained the ordinary way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from apphost.logs import Log
+from apphost.messages import Channel, Message, ProtocolError
+from apphost.protocols.capsule import Capsule, CapsuleError
+from apphost.protocols.context import Context
+from apphost.protocols.http1 import Connection
+from apphost.protocols.wire import Phase
+
+IN_FLIGHT_MAX = 64  # moves that wait for an answer, for each successor: bounds descriptors and what a death undoes
+ANSWER_TIMEOUT = 5.0  # s for a successor's answer; its loop answers in milliseconds unless it is stuck
+
+
+@dataclass(eq=False, slots=True)
+class _Successor:
+    channel: Channel
+    in_flight: dict[int, tuple[Connection, float]] = field(default_factory=dict)  # id to connection, since when
+
+
+class Sender:
+    """The draining worker's side. Event loop only. `on_failed` is called when nothing can be moved any more."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, log: Log, name: str, on_failed: Callable[[], None]) -> None:
+        self._loop = loop
+        self._log = log
+        self._name = name
+        self._on_failed = on_failed
+        self._successors: deque[_Successor] = deque()
+        self._queue: deque[Connection] = deque()
+        self._next_id = 1
+        self.moved = 0
+
+    def add(self, sock: socket.socket) -> None:
+        """A channel to one more successor."""
+        successor = _Successor(Channel(sock))
+        self._successors.append(successor)
+        self._loop.add_reader(successor.channel.fileno(), self._readable, successor)
+
+    @property
+    def able(self) -> bool:
+        """Whether there is a successor left to move anything to."""
+        return bool(self._successors)
+
+    def offer(self, connection: Connection) -> None:
+        """Move `connection` as soon as there is room, if it can be moved then."""
+        connection.tell_when_flushed()
+        self._queue.append(connection)
+        self._pump()
+
+    def tick(self, now: float) -> None:
+        """Give up a successor that does not answer. The worker calls this about twice a second."""
+        for successor in list(self._successors):
+            oldest = next(iter(successor.in_flight.values()), None)
+            if oldest is not None and now - oldest[1] > ANSWER_TIMEOUT:
+                self._lose(successor, f"did not answer for {ANSWER_TIMEOUT:.0f} s")
+
+    def close(self) -> None:
+        for successor in self._successors:
+            self._loop.remove_reader(successor.channel.fileno())
+            self._loop.remove_writer(successor.channel.fileno())
+            successor.channel.close()
+        self._successors.clear()
+
+    # -- moves
+
+    def _pump(self) -> None:
+        while self._queue and (successor := self._free_successor()) is not None:
+            connection = self._queue.popleft()
+            if connection.movable and not self._move(connection, successor):
+                return
+
+    def _free_successor(self) -> _Successor | None:
+        """The successors in turn, so that each gets its share."""
+        for _ in range(len(self._successors)):
+            successor = self._successors[0]
+            self._successors.rotate(-1)
+            if len(successor.in_flight) < IN_FLIGHT_MAX and not successor.channel.blocked:
+                return successor
+        return None
+
+    def _move(self, connection: Connection, successor: _Successor) -> bool:
+        capsule = connection.pack()
+        number = self._next_id
+        self._next_id += 1
+        successor.in_flight[number] = (connection, self._loop.time())
+        message = {"t": "move", "id": number, **capsule.to_wire()}
+        if not successor.channel.send(message, [connection.fileno()]):
+            self._lose(successor, "is gone")
+            return False
+        self._watch_writing(successor)
+        return True
+
+    def _watch_writing(self, successor: _Successor) -> None:
+        if successor.channel.blocked:
+            self._loop.add_writer(successor.channel.fileno(), self._writable, successor)
+
+    def _writable(self, successor: _Successor) -> None:
+        successor.channel.flush()
+        if not successor.channel.blocked:
+            self._loop.remove_writer(successor.channel.fileno())
+            self._pump()
+
+    def _readable(self, successor: _Successor) -> None:
+        try:
+            messages = successor.channel.receive()
+        except ProtocolError as exc:
+            self._lose(successor, f"sent nonsense ({exc})")
+            return
+        if messages is None:
+            self._lose(successor, "is gone")
+            return
+        for message, fds in messages:
+            _close_all(fds)
+            self._answer(successor, message)
+        self._pump()
+
+    def _answer(self, successor: _Successor, message: Message) -> None:
+        number = message.get("id")
+        if not isinstance(number, int) or number not in successor.in_flight:
+            return
+        connection, _ = successor.in_flight.pop(number)
+        prepared = message["t"] == "prepared"
+        if prepared and connection.phase is Phase.MOVING and successor.channel.send({"t": "commit", "id": number}):
+            self.moved += 1
+            connection.let_go()
+        else:
+            if prepared:
+                successor.channel.send({"t": "cancel", "id": number})
+            connection.stay()
+        self._watch_writing(successor)
+
+    def _lose(self, successor: _Successor, why: str) -> None:
+        """A successor that cannot take anything any more: what it was offered stays here."""
+        if successor not in self._successors:
+            return
+        self._successors.remove(successor)
+        self._loop.remove_reader(successor.channel.fileno())
+        self._loop.remove_writer(successor.channel.fileno())
+        successor.channel.close()
+        staying = [connection for connection, _ in successor.in_flight.values()]
+        successor.in_flight.clear()
+        if staying:
+            self._log.warning(f"{self._name}: a successor {why}; {len(staying)} connections stay here for now")
+        if not self._successors:
+            self._on_failed()
+        for connection in staying:
+            connection.stay()
+            if self._successors:
+                self._queue.append(connection)
+        self._pump()
+
+
+class Receiver:
+    """A successor's side of one channel. Event loop only. `has_room` tells whether one more connection is welcome."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        log: Log,
+        context: Context,
+        sock: socket.socket,
+        has_room: Callable[[], bool],
+        on_end: Callable[[Receiver], None],
+    ) -> None:
+        self._loop = loop
+        self._log = log
+        self._context = context
+        self._channel = Channel(sock)
+        self._has_room = has_room
+        self._on_end = on_end
+        self._prepared: dict[int, tuple[int, Capsule]] = {}
+        self.opening: set[asyncio.Task[None]] = set()
+        loop.add_reader(self._channel.fileno(), self._readable)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a connection is on its way to this worker."""
+        return bool(self._prepared or self.opening)
+
+    def _readable(self) -> None:
+        try:
+            messages = self._channel.receive()
+        except ProtocolError as exc:
+            self._log.warning(f"the hand-over from another worker ends: {exc}")
+            messages = None
+        if messages is None:
+            self.close()
+            self._on_end(self)
+            return
+        for message, fds in messages:
+            if message["t"] == "move":
+                self._prepare(message, fds)
+                continue
+            _close_all(fds)
+            if message["t"] == "commit":
+                self._commit(message)
+            elif message["t"] == "cancel":
+                prepared = self._prepared.pop(message.get("id", 0), None)
+                _close_all([prepared[0]] if prepared is not None else [])
+
+    def _prepare(self, message: Message, fds: list[int]) -> None:
+        number = message.get("id")
+        why = ""
+        try:
+            capsule = Capsule.from_wire(message)
+        except CapsuleError as exc:
+            why = f"not understood: {exc}"
+        if len(fds) != 1 or not isinstance(number, int) or number in self._prepared:
+            why = why or "one descriptor and a new number are needed"
+        if not why and not self._has_room():
+            why = "no room"
+        if why:
+            _close_all(fds)
+            self._log.debug(f"a connection was not taken over: {why}")
+        else:
+            assert isinstance(number, int)
+            self._prepared[number] = (fds[0], capsule)
+        self._send({"t": "refused" if why else "prepared", "id": number})
+
+    def _send(self, message: Message) -> None:
+        self._channel.send(message)
+        if self._channel.blocked:
+            self._loop.add_writer(self._channel.fileno(), self._writable)
+
+    def _writable(self) -> None:
+        self._channel.flush()
+        if not self._channel.blocked:
+            self._loop.remove_writer(self._channel.fileno())
+
+    def _commit(self, message: Message) -> None:
+        prepared = self._prepared.pop(message.get("id", 0), None)
+        if prepared is not None:
+            task = self._loop.create_task(self._open(*prepared))
+            self.opening.add(task)
+            task.add_done_callback(self.opening.discard)
+
+    async def _open(self, fd: int, capsule: Capsule) -> None:
+        sock = socket.socket(fileno=fd)
+        sock.setblocking(False)
+        try:
+            await self._loop.connect_accepted_socket(lambda: Connection(self._context, capsule), sock)
+        except OSError as exc:
+            self._log.debug(f"a connection ended while it moved: {exc.strerror}")
+            sock.close()
+
+    def close(self) -> None:
+        """The sender is gone or done: what it did not commit was never ours."""
+        self._loop.remove_reader(self._channel.fileno())
+        self._loop.remove_writer(self._channel.fileno())
+        self._channel.close()
+        _close_all([fd for fd, _ in self._prepared.values()])
+        self._prepared.clear()
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
