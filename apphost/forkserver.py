@@ -3,7 +3,7 @@
 The arbiter starts it as a fresh interpreter, so it sees the code, the environment and the settings file as they are at
 that moment, however long the arbiter has been running. It reads the settings (the arbiter's throw-away process for a
 broken file), prepares what all workers share, and forks a worker whenever the arbiter asks for one. It runs no
-application code itself.
+application code itself, unless `preload` has it import the application.
 
 Messages from the arbiter: `config` (once, first), `spawn` with two descriptors, `stop_listening`. To the arbiter:
 `settings` or `failed`, then `forked` and `exited`. When the arbiter is gone, it goes; its workers notice by themselves.
@@ -11,6 +11,7 @@ Messages from the arbiter: `config` (once, first), `spawn` with two descriptors,
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import grp
 import os
@@ -20,10 +21,11 @@ import signal
 import socket
 import sys
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from apphost.bytecode import distrust_stale_bytecode
 from apphost.errors import ApphostError, ExitCode, PrivilegesError, SettingsError
-from apphost.messages import PROTOCOL_VERSION, Channel, Message
+from apphost.messages import DUMP_SIGNAL, PROTOCOL_VERSION, Channel, Message
 from apphost.settings import Settings, Source
 
 if TYPE_CHECKING:
@@ -31,27 +33,49 @@ if TYPE_CHECKING:
 
 # The interpreter is started with this. The directory it is started in must not shadow a module before apphost itself is
 # imported, but it may be where apphost is imported from, in a checkout: so it goes to the end of the path.
-COMMAND = "import sys; sys.path.append(sys.path.pop(0)); from apphost.forkserver import main; main(int(sys.argv[1]))"
+COMMAND = (
+    "import sys; sys.path.append(sys.path.pop(0)); from apphost.forkserver import main; main(*map(int, sys.argv[1:]))"
+)
 
 _FOR_THE_ARBITER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT,
                     signal.SIGTTIN, signal.SIGTTOU)  # fmt: skip
 
 
-def main(fd: int) -> NoReturn:
-    """Run the fork server on the channel `fd`; in a forked child, run the worker. Ends the process."""
+def main(fd: int, dump: int) -> NoReturn:
+    """Run the fork server on the channel `fd`; in a forked child, run the worker. Ends the process.
+
+    `dump` is the descriptor of the file for its last words, as workers have one.
+    """
     _prepare_signals()
+    faulthandler.enable(file=dump, all_threads=True)
+    faulthandler.register(DUMP_SIGNAL, file=dump, all_threads=True, chain=True)
     channel = Channel(socket.socket(fileno=fd))
     try:
         child = ForkServer(channel).run()
     except ApphostError as exc:
         channel.send({"t": "failed", "message": exc.message, "detail": exc.detail, "code": int(exc.exit_code)})
-        sys.exit(exc.exit_code)
+        _end_at_once(exc.exit_code)
     if child is None:
-        sys.exit(ExitCode.OK)
+        _end_at_once(ExitCode.OK)
     from apphost.worker.main import run
 
     assignment, worker_channel = child
-    sys.exit(run(assignment, worker_channel))
+    _end(run(assignment, worker_channel))
+
+
+def _end(code: int) -> NoReturn:
+    """Leave. On its way out Python restores the default of every signal it handles, which is to kill; not of others."""
+    for number in _FOR_THE_ARBITER:
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
+
+
+def _end_at_once(code: ExitCode) -> NoReturn:
+    """End without the exit handlers of a preloaded application: they are for its workers, and threads that it may have
+    started must not keep this process."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def _prepare_signals() -> None:
@@ -76,6 +100,7 @@ class ForkServer:
         self._generation = 0
         self._settings = Settings()
         self._listeners: list[socket.socket] = []
+        self._app: Any = None  # preloaded
 
     @staticmethod
     def _make_wakeup() -> int:
@@ -145,7 +170,8 @@ class ForkServer:
             os.umask(settings.umask)
         drop_privileges(settings.user, settings.group)
         sys.path[:0] = [os.path.join(directory, path) for path in (*settings.pythonpath, "")]
-        _prepare_workers(settings)
+        distrust_stale_bytecode()
+        self._app = _prepare_workers(settings)
         self._channel.send({"t": "settings", "settings": settings.to_wire()})
 
     def _spawn(self, wid: int, fds: list[int]) -> tuple[Assignment, Channel] | None:
@@ -168,7 +194,7 @@ class ForkServer:
         signal.set_wakeup_fd(-1)
         os.close(self._wakeup)
         self._channel.close()
-        assignment = Assignment(wid, self._generation, self._settings, self._listeners, dump_fd)
+        assignment = Assignment(wid, self._generation, self._settings, self._listeners, dump_fd, self._app)
         return assignment, Channel(socket.socket(fileno=channel_fd))
 
 
@@ -183,14 +209,19 @@ def _enter(chdir: str, cwd: str) -> str:
     return directory
 
 
-def _prepare_workers(settings: Settings) -> None:
-    """Import what every worker will need, once; then keep the garbage collector from touching, and so copying, it."""
-    from apphost.worker.loading import preimport
+def _prepare_workers(settings: Settings) -> Any:
+    """Import what every worker will need, once; then keep the garbage collector from touching, and so copying, it.
+
+    With `preload` that includes the application, which is returned. Raises `ApplicationError`.
+    """
+    from apphost.worker.loading import load_application, preimport
 
     preimport(settings.http, settings.loop)
     _set_title(settings.proc_name)
+    app = load_application(settings.app, settings.factory) if settings.preload else None
     gc.collect()
     gc.freeze()
+    return app
 
 
 def _set_title(name: str) -> None:

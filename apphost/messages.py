@@ -13,11 +13,15 @@ from __future__ import annotations
 import array
 import json
 import os
+import signal
 import socket
 from collections import deque
 from typing import Any
 
 PROTOCOL_VERSION = 1
+
+# The one order that is no message: to a process that may be too stuck to read, to write down its stacks.
+DUMP_SIGNAL = signal.SIGUSR2
 
 MAX_MESSAGE = 1 << 20  # bytes; the largest real one is a boot failure with its traceback, cut to 64 KiB by its sender
 MAX_FDS = 16  # per read; the most that any message carries is 1, and reads are 64 KiB apart

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+from apphost.checks import clean_app, clean_bind, clean_probe, clean_root_path, usable_cpus
 from apphost.errors import SettingsError, nearest
 from apphost.values import KINDS, Setting
 
@@ -37,40 +38,6 @@ def setting(default: T, heading: str, does: str, **about: Any) -> T:
     return result
 
 
-def _usable_cpus() -> int:
-    from apphost.cpu import usable_cpus
-
-    return min(usable_cpus(), 1024)
-
-
-def _clean_app(app: str) -> str:
-    """`module`, `module:attribute` or `module:factory()`; attribute may be dotted. Syntax only, nothing is imported."""
-    module, colon, attribute = app.removesuffix("()").partition(":")
-    names = module.split(".") + (attribute.split(".") if colon else [])
-    if all(name.isidentifier() for name in names) or not app:
-        return app
-    hint = ": name the module instead of its file, as in an import" if "/" in app or app.endswith(".py") else ""
-    raise ValueError(f"expected module:attribute, such as myproject.wsgi:application{hint}")
-
-
-def _clean_bind(addresses: tuple[str, ...]) -> tuple[str, ...]:
-    from apphost.sockets import parse_bind
-
-    if not addresses:
-        raise ValueError("expected at least one address")
-    for number, address in enumerate(addresses):
-        parse_bind(address)
-        if address in addresses[:number]:
-            raise ValueError(f"{address!r} is given twice")
-    return addresses
-
-
-def _clean_root_path(path: str) -> str:
-    if path and not path.startswith("/"):
-        raise ValueError("expected a path that starts with '/'")
-    return path.rstrip("/")
-
-
 _MAIN, _APP, _PROCESS = "Main settings", "Application", "Process"
 _TIME, _RECYCLE, _LIMITS, _HTTP, _LOGS = "Timeouts", "Recycling of workers", "Limits", "HTTP", "Logs"
 
@@ -83,14 +50,14 @@ class Settings:
     # fmt: off
     app: str = setting("", _MAIN,
         "What to serve: `module:attribute`, `module:factory` with `factory`, or a module alone.",
-        clean=_clean_app, argument="APP")
+        clean=clean_app, argument="APP")
     bind: tuple[str, ...] = setting(("127.0.0.1:8000",), _MAIN,
         "Where to listen: `HOST:PORT`, `[IPV6]:PORT`, `unix:PATH`; can be repeated.",
-        short="-b", separator=",", clean=_clean_bind, reloadable=False, metavar="ADDRESS",
+        short="-b", separator=",", clean=clean_bind, reloadable=False, metavar="ADDRESS",
         convention=("PORT", lambda port: [f"0.0.0.0:{port}"]))
     workers: int = setting(1, _MAIN,
         "Worker processes; `auto` is one for each CPU that the container may use.",
-        short="-w", low=1, high=1024, words={"auto": _usable_cpus}, convention=("WEB_CONCURRENCY", str))
+        short="-w", low=1, high=1024, words={"auto": usable_cpus}, convention=("WEB_CONCURRENCY", str))
     threads: int = setting(4, _MAIN, "Threads that run a WSGI application, in each worker.", low=1, high=1024)
     factory: bool = setting(False, _MAIN, "`app` names a function that makes the application.")
     chdir: str = setting("", _MAIN,
@@ -104,7 +71,12 @@ class Settings:
         "ASGI lifespan; with `auto` an application without it is served too.", choices=("auto", "on", "off"))
     root_path: str = setting("", _APP,
         "Path below which the application is mounted (ASGI `root_path`, WSGI `SCRIPT_NAME`).",
-        clean=_clean_root_path, metavar="PATH")
+        clean=clean_root_path, metavar="PATH")
+    preload: bool = setting(False, _APP,
+        "Import the application once for each generation and fork its workers from there: they share its memory.")
+    ready_probe: str = setting("", _APP,
+        "A worker is ready only when it has answered a GET of this path below 500; empty is off.",
+        clean=clean_probe, metavar="PATH")
     pythonpath: tuple[str, ...] = setting((), _APP,
         f"Directories put in front of `sys.path`, separated by `{os.pathsep}`.", separator=os.pathsep, metavar="DIRS")
 
@@ -143,9 +115,22 @@ class Settings:
         "A worker whose event loop is blocked for this long is killed and replaced; 0 is never.",
         unit="s", low=0, high=_WEEK)
 
+    shutdown_delay: float = setting(0.0, _TIME,
+        "After the order to stop, serve on for this long first, for a balancer that needs time to notice.",
+        unit="s", low=0, high=_WEEK)
+    canary: float = setting(0.0, _TIME,
+        "The first worker of new code serves alone of its kind for this long, and is judged by it; 0 is off.",
+        unit="s", low=0, high=_WEEK)
+
     max_requests: int = setting(0, _RECYCLE, "Replace a worker after this many requests; 0 is never.", low=0)
     max_requests_jitter: int = setting(0, _RECYCLE,
         "A random number up to this is added to `max_requests`, so that workers do not retire together.", low=0)
+    max_rss: int = setting(0, _RECYCLE,
+        "Replace a worker whose memory (RSS) has grown beyond this; 0 is never.", unit="bytes", low=0)
+    max_lifetime: float = setting(0.0, _RECYCLE,
+        "Replace a worker of this age; 0 is never.", unit="s", low=0, high=_WEEK)
+    max_lifetime_jitter: float = setting(0.0, _RECYCLE,
+        "A random time up to this is added to `max_lifetime`.", unit="s", low=0, high=_WEEK)
 
     # 8190 is Apache's LimitRequestLine and LimitRequestFieldSize; RFC 9112 section 3 asks for a line of 8000 or more.
     # 100 fields are Apache's LimitRequestFields. A longer field or more of them is answered 431 (RFC 6585 section 5).

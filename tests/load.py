@@ -23,6 +23,9 @@ import asyncio, hashlib, os, subprocess, time
 
 VERSION = {version!r}
 
+def say(text):
+    os.write(1, f"{{text}}\\n".encode())  # in one piece, among the lines of other processes
+
 def answer(body):
     return f"{{VERSION}} {{os.getpid()}} {{len(body)}} {{hashlib.sha256(body).hexdigest()}}".encode()
 
@@ -36,7 +39,7 @@ _ASGI = """
 async def lifespan(receive, send):
     while True:
         kind = (await receive())["type"]
-        print(f"app {{VERSION}}: {{kind}}", flush=True)
+        say(f"app {{VERSION}}: {{kind}}")
         await send({{"type": f"{{kind}}.complete"}})
         if kind == "lifespan.shutdown":
             return
@@ -51,7 +54,7 @@ async def app(scope, receive, send):
     path = scope["path"]
     text = answer(body)
     if path.startswith("/wait/"):
-        print(f"{{path}} in progress", flush=True)
+        say(f"{{path}} in progress")
         while not os.path.exists(path[6:]):
             await asyncio.sleep(0.01)
     elif path == "/spin":
@@ -74,7 +77,7 @@ def app(environ, start_response):
     path = environ["PATH_INFO"]
     text = answer(body)
     if path.startswith("/wait/"):
-        print(f"{{path}} in progress", flush=True)
+        say(f"{{path}} in progress")
         while not os.path.exists(path[6:]):
             time.sleep(0.01)
     elif path == "/exit":

@@ -710,6 +710,20 @@ def test_a_recycled_worker_in_a_reload_is_replaced_by_new_code() -> None:
     story.expect(Drain(3, 30.0, Reason.RELOAD, (4, 5)), GenerationComplete(2))
 
 
+def test_connections_move_to_a_worker_that_will_be_replaced_where_there_is_no_other() -> None:
+    story = Story.serving(2)
+    story.reload()
+    story.expect(Spawn(3, 2))
+    story.ready(3)
+    story.expect(Drain(1, 30.0, Reason.RELOAD, (3,)), Spawn(4, 2))
+    story.asks_replacement(3)
+    story.expect()
+    story.ttou()
+    story.expect(Drain(2, 30.0, Reason.RELOAD, (3,)), GenerationComplete(2))
+    story.ready(4)
+    story.expect(Drain(3, 30.0, Reason.RECYCLE, (4,)))
+
+
 def test_a_steady_worker_that_leaves_on_its_own_account_is_replaced_at_once() -> None:
     story = Story.serving(graceful_timeout=30.0)
     story.wait(STEADY_AFTER)

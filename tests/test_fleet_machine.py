@@ -144,8 +144,11 @@ class World(RuleBasedStateMachine):
         assert fleet.stopping or lost <= {drain.wid for drain in drains}
         for drain in drains:
             assert len(ready) >= fleet.size
-            newest = max(self.processes[wid] for wid in ready)
-            assert newest in {self.processes[wid] for wid in drain.successors}, "someone can take the connections"
+            heirs = {self.processes[wid] for wid in drain.successors}
+            assert heirs, "where enough are ready, someone can take the connections"
+            assert min(heirs) >= self.processes[drain.wid], "connections never move to older code"
+            staying = {self.processes[wid] for wid in ready if not fleet.workers[wid].stale}
+            assert max(staying, default=0) in heirs | {0}
 
     # --------------------------------------------------------------------------------------- what always holds
 
@@ -191,7 +194,8 @@ class World(RuleBasedStateMachine):
         """No lost wake-up: the arbiter may sleep until then, or for ever where there is none."""
         due = next_deadline(self.fleet)
         almost = self.now + 1e6 if due is None else self.now + 0.999 * (due - self.now)
-        assert step(copy.deepcopy(self.fleet), Tick(), almost) == []
+        if due is None or almost < due:  # two deadlines may be one rounding error apart
+            assert step(copy.deepcopy(self.fleet), Tick(), almost) == []
 
     @invariant()
     def a_step_reaches_a_fixed_point(self) -> None:

@@ -28,6 +28,7 @@ SAMPLES = {
     "app": ("pkg.one:app", "pkg.two:app"),
     "bind": ("127.0.0.1:8001", "127.0.0.1:8002"),
     "root_path": ("/one", "/two"),
+    "ready_probe": ("/one", "/two?x=1"),
     "umask": ("022", "027"),
 }
 

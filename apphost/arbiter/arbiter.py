@@ -1,4 +1,4 @@
-"""The arbiter: a select loop that feeds events to the fleet and performs the actions that the fleet answers.
+"""The arbiter: feeds events to the fleet and performs the actions that the fleet answers.
 
 It never waits for a process, reads no application code, and speaks no protocol but that of its channels.
 """
@@ -6,36 +6,36 @@ It never waits for a process, reads no application code, and speaks no protocol 
 from __future__ import annotations
 
 import os
-import selectors
 import signal
 import socket
 import time
 from collections import deque
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
+from apphost.arbiter import canary, reports
 from apphost.arbiter import vocabulary as v
 from apphost.arbiter.fleet import Fleet, next_deadline, step
+from apphost.arbiter.hub import Hub
 from apphost.arbiter.processes import (
     Failure,
     ForkServer,
     WorkerProcess,
     become_subreaper,
-    describe_exit,
     kill,
     make_dump_file,
     read_last_words,
     reap,
     start_fork_server,
 )
+from apphost.arbiter.reports import Report, who
 from apphost.errors import ExitCode
 from apphost.logs import Log
-from apphost.messages import MAX_FDS, Channel, Message, ProtocolError
+from apphost.messages import DUMP_SIGNAL, MAX_FDS, Channel, Message
 from apphost.settings import Loaded, Settings, Source, restart_needed
 
-DUMP_SIGNAL = signal.SIGUSR2  # the worker's handler writes its stacks and requests into its dump file
 LOST_GRACE = 1.0  # s between the end of a worker's channel and the report of its exit, when all is well
+REST_READS = 17  # of a dead process's channel: a read takes 64 KiB at most, and a message may have 1 MiB
 END_GRACE = 1.0  # s that fork servers get to end after the last worker
 
 _SIGNALS: dict[signal.Signals, v.Event] = {
@@ -56,6 +56,8 @@ def fleet_config(settings: Settings) -> v.Config:
         timeout=settings.timeout,
         graceful_timeout=settings.graceful_timeout,
         stop_timeout=settings.stop_timeout,
+        shutdown_delay=settings.shutdown_delay,
+        canary=settings.canary,
     )
 
 
@@ -74,27 +76,31 @@ class Arbiter:
         self.source = source
         self.listeners = listeners
         self.log = log
+        self.hub = Hub(log)
         self.fleet = Fleet(fleet_config(loaded.settings))
         self.workers: dict[int, WorkerProcess] = {}
         self.fork_servers: dict[int, ForkServer] = {}
+        self._leaving: list[ForkServer] = []  # their channels have ended, their exits are not known yet
         self._on_ready = on_ready
-        self._selector = selectors.DefaultSelector()
-        self._signals: deque[int] = deque()
+        self._events: deque[v.Event] = deque()
         self._asked_at: dict[int, float] = {}  # generation to the moment its first worker was asked for
         self._exit: ExitCode | None = None
-        self._first_failure: Failure | None = None
+        self._failures: dict[int, Failure] = {}  # generation to why its first worker failed
+        self._canary: tuple[int, dict[int, canary.Answers]] | None = None  # its wid; the old workers' counts before it
         self._subreaper = become_subreaper()
 
     # -- the loop
 
     def run(self) -> int:
         """Run until there is nothing left to do; the exit code."""
-        self._catch_signals()
+        self.hub.catch((*_SIGNALS, signal.SIGUSR2, signal.SIGCHLD))
         self._feed(v.Tick())
         while self._exit is None:
-            for key, mask in self._selector.select(self._timeout()):
-                key.data(mask)
+            todo = self.hub.wait(self._timeout())
+            # First: a TERM that everybody has got must not be taken for the death of a worker that was quicker.
             self._take_signals()
+            for do in todo:
+                do()
             self._reap()
             self._notice_lost_workers()
             self._feed(v.Tick())
@@ -110,54 +116,32 @@ class Arbiter:
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
     def _feed(self, event: v.Event) -> None:
-        """Tell the fleet, and do what it says."""
-        for action in step(self.fleet, event, time.monotonic()):
-            _PERFORM[type(action)](self, action)
+        """Tell the fleet, and do what it says. What happens while it is done comes after it."""
+        self._events.append(event)
+        if len(self._events) > 1:
+            return
+        while self._events:
+            for action in step(self.fleet, self._events[0], time.monotonic()):
+                _PERFORM[type(action)](self, action)
+            self._events.popleft()
+
+    def _say(self, report: Report, **fields: Any) -> None:
+        self.log.write(report.level, report.message, report.detail, **fields)
 
     # -- signals and children
 
-    def _catch_signals(self) -> None:
-        reader, writer = os.pipe()
-        for fd in (reader, writer):
-            os.set_blocking(fd, False)
-        self._wakeup = reader
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        self._selector.register(reader, selectors.EVENT_READ, self._drain_wakeup)
-        for number in (*_SIGNALS, signal.SIGUSR2, signal.SIGCHLD):
-            signal.signal(number, self._note_signal)
-
-    def _note_signal(self, number: int, _frame: FrameType | None) -> None:
-        self._signals.append(number)
-
-    def _drain_wakeup(self, _mask: int) -> None:
-        try:
-            while os.read(self._wakeup, 4096):
-                pass
-        except BlockingIOError:
-            pass
-
     def _take_signals(self) -> None:
-        while self._signals:
-            number = signal.Signals(self._signals.popleft())
+        for number in self.hub.signals():
             event = _SIGNALS.get(number)
             if event is not None:
                 self.log.info(f"{number.name} received")
-                if isinstance(event, v.StopAsked):
-                    self._stop_listening()
                 self._feed(event)
             elif number == signal.SIGUSR2:
                 self.log.warning("SIGUSR2 received: an upgrade in place is not possible yet; USR1 reloads")
 
-    def _stop_listening(self) -> None:
-        """From now on the workers decide how long connections are accepted, each closing its own copy in the end."""
-        for listener in self.listeners:
-            listener.close()
-        for server in self.fork_servers.values():
-            self._send(server.channel, {"t": "stop_listening"})
-
     def _reap(self) -> None:
         for pid, status in reap():
-            server = next((s for s in self.fork_servers.values() if s.pid == pid), None)
+            server = next((s for s in (*self.fork_servers.values(), *self._leaving) if s.pid == pid), None)
             if server is not None:
                 self._fork_server_ended(server, status)
                 continue
@@ -179,46 +163,6 @@ class Arbiter:
                 worker.expected = True
                 self._feed(v.WorkerLeaves(worker.wid))
 
-    # -- channels
-
-    def _listen(self, channel: Channel, handle: Callable[[Message], None], at_end: Callable[[], None]) -> None:
-        def ready(mask: int) -> None:
-            if mask & selectors.EVENT_WRITE:
-                channel.flush()
-                self._watch(channel, ready)
-            if not mask & selectors.EVENT_READ:
-                return
-            try:
-                messages = channel.receive()
-            except ProtocolError as exc:
-                self.log.error(f"a channel is closed: {exc}")
-                messages = None
-            if messages is None:
-                self._selector.unregister(channel)
-                at_end()
-                return
-            for message, fds in messages:
-                for fd in fds:
-                    os.close(fd)
-                handle(message)
-
-        self._selector.register(channel, selectors.EVENT_READ, ready)
-
-    def _watch(self, channel: Channel, ready: Any) -> None:
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if channel.blocked else 0)
-        self._selector.modify(channel, events, ready)
-
-    def _send(self, channel: Channel, message: Message, fds: list[int] | None = None) -> None:
-        channel.send(message, fds)
-        key = self._selector.get_map().get(channel)
-        if channel.blocked and key is not None:
-            self._watch(channel, key.data)
-
-    def _forget(self, channel: Channel) -> None:
-        if self._selector.get_map().get(channel) is not None:
-            self._selector.unregister(channel)
-        channel.close()
-
     # -- fork servers
 
     def _fork_server(self, generation: int) -> ForkServer:
@@ -226,11 +170,14 @@ class Arbiter:
         if server is None:
             server = start_fork_server(generation, self.source, self.listeners)
             self.fork_servers[generation] = server
-            self._listen(
-                server.channel, lambda message: self._hear_fork_server(server, message), lambda: self._lose(server)
-            )
+            self._listen_to_fork_server(server)
             self.log.debug(f"fork server of generation {generation} started, pid {server.pid}")
         return server
+
+    def _listen_to_fork_server(self, server: ForkServer) -> None:
+        self.hub.listen(
+            server.channel, lambda message: self._hear_fork_server(server, message), lambda: self._lose(server)
+        )
 
     def _hear_fork_server(self, server: ForkServer, message: Message) -> None:
         kind = message["t"]
@@ -241,33 +188,41 @@ class Arbiter:
             server.failure = _failure(message)
         elif kind == "forked" and worker is not None:
             worker.pid = int(message["pid"])
-            self.log.info(f"{worker.name} booting, pid {worker.pid}", **_who(worker))
+            self.log.info(f"{worker.name} booting, pid {worker.pid}", **who(worker))
             if worker.expected:  # it was told to go before it was there
                 kill(worker.pid, signal.SIGKILL)
         elif kind == "exited" and worker is not None:
             self._worker_ended(worker, int(message["status"]))
 
     def _lose(self, server: ForkServer) -> None:
-        """Its channel has ended; its exit will be reaped. Until then it is not asked for workers any more."""
+        """Its channel has ended, so it gets no more orders; its exit is reaped in a moment."""
         if self.fork_servers.get(server.generation) is server:
             del self.fork_servers[server.generation]
-        server.channel.close()
-        for worker in [w for w in self.workers.values() if w.generation == server.generation and not w.pid]:
-            worker.failure = worker.failure or server.failure
-            self._worker_ended(worker, None)
+        self.hub.forget(server.channel)
+        self._leaving.append(server)
 
     def _fork_server_ended(self, server: ForkServer, status: int) -> None:
-        if server.failure is None:
-            self.log.warning(f"the fork server of generation {server.generation} is gone: {describe_exit(status)}")
-        if server.channel in self._selector.get_map():
-            # What it said last may still be unread: its channel's end comes through the selector.
-            return
-        self._lose(server)
+        if server in self._leaving:
+            self._leaving.remove(server)
+        else:
+            self.hub.read_rest(server.channel, lambda message: self._hear_fork_server(server, message), REST_READS)
+            self._lose(server)
+            self._leaving.remove(server)
+        last_words = read_last_words(server.dump)
+        os.close(server.dump)
+        how = reports.describe_exit(status)
+        unborn = [w for w in self.workers.values() if w.generation == server.generation and not w.pid]
+        if server.failure is None and server.generation in self.fleet.generations:
+            self.log.warning(f"the fork server of generation {server.generation} is gone: {how}")
+        for worker in unborn:
+            what = f"the fork server of its generation ended early ({how})"
+            worker.failure = server.failure or worker.failure or Failure(what, last_words, ExitCode.APPLICATION)
+            worker.failure.detail = worker.failure.detail or last_words
+            self._worker_ended(worker, None)
 
     def _retire_fork_servers(self) -> None:
         for generation in self.fork_servers.keys() - self.fleet.generations:
-            server = self.fork_servers.pop(generation)
-            self._forget(server.channel)
+            self._lose(self.fork_servers[generation])
 
     # -- workers
 
@@ -275,18 +230,20 @@ class Arbiter:
         kind = message["t"]
         if kind == "beat":
             worker.requests = int(message["requests"])
+            worker.errors = int(message.get("errors", 0))
             worker.connections = int(message["connections"])
             worker.active = int(message["active"])
             self._feed(v.WorkerBeat(worker.wid))
+            self._judge_canary()
         elif kind == "ready":
             self._worker_ready(worker, message)
         elif kind == "failed":
             worker.failure = _failure(message)
         elif kind == "replace":
-            self.log.info(f"{worker.name} asks to be replaced: {message['why']}", **_who(worker))
+            self.log.info(f"{worker.name} asks to be replaced: {message['why']}", **who(worker))
             self._feed(v.WorkerAsksReplacement(worker.wid))
         elif kind == "leaving":
-            self.log.info(f"{worker.name} draining: it received {message['why']}", **_who(worker))
+            self.log.info(f"{worker.name} draining: it received {message['why']}", **who(worker))
             worker.expected = True
             self._feed(v.WorkerLeaves(worker.wid))
 
@@ -294,26 +251,43 @@ class Arbiter:
         worker.ready_at = time.monotonic()
         worker.names = {name: str(message.get(name, "?")) for name in ("interface", "parser", "loop")}
         what = ", ".join(worker.names.values())
-        self.log.info(f"{worker.name} ready in {message['seconds']:.2f} s ({what})", **_who(worker), **worker.names)
-        proven = worker.generation > self.fleet.good
-        self._feed(v.WorkerReady(worker.wid))
-        if proven:
-            self._adopt_settings(worker.generation)
+        self.log.info(f"{worker.name} ready in {message['seconds']:.2f} s ({what})", **who(worker), **worker.names)
+        server = self.fork_servers.get(worker.generation)
+        settings = server.settings if server is not None and server.settings is not None else self.settings
+        self._feed(v.WorkerReady(worker.wid, fleet_config(settings)))
+        self._adopt_settings(settings, worker.generation)
         if self._on_ready is not None:
             self._on_ready(worker)
 
-    def _adopt_settings(self, generation: int) -> None:
+    def _adopt_settings(self, new: Settings, generation: int) -> None:
         """A generation works, so its settings are the ones that count from now on."""
-        server = self.fork_servers.get(generation)
-        new = server.settings if server is not None else None
-        if new is None or new == self.settings:
+        if new == self.settings or self.fleet.good != generation:
             return
         fixed = restart_needed(self.settings, new)
         if fixed:
             self.log.warning(f"settings that need a restart have changed and stay as they were: {', '.join(fixed)}")
         self.settings = new
-        self.log = Log(new.log_level, new.log_format)
-        self._feed(v.Configured(fleet_config(new)))
+        self.log = self.hub.log = Log(new.log_level, new.log_format)
+
+    def _judge_canary(self) -> None:
+        if self._canary is None or self.fleet.canary_until is None:
+            return
+        wid, before = self._canary
+        worker = self.workers.get(wid)
+        if worker is None:
+            return
+        olds = [(self.workers[old], counts) for old, counts in before.items() if old in self.workers]
+        old = canary.Answers(
+            sum(w.requests - counts.all for w, counts in olds), sum(w.errors - counts.errors for w, counts in olds)
+        )
+        new = canary.Answers(worker.requests, worker.errors)
+        if canary.fails(new, old):
+            why = (
+                f"its canary answered {new.errors} of {new.all} requests with 5xx ({new.share:.0%}), the old workers "
+                f"{old.errors} of {old.all} ({old.share:.0%})"
+            )
+            self._failures.setdefault(worker.generation, Failure(why, "", ExitCode.APPLICATION))
+            self._feed(v.CanaryFailed(worker.generation))
 
     def _worker_lost(self, worker: WorkerProcess) -> None:
         if worker.wid in self.workers:
@@ -322,145 +296,180 @@ class Arbiter:
     def _worker_ended(self, worker: WorkerProcess, status: int | None) -> None:
         if self.workers.pop(worker.wid, None) is None:
             return
-        self._hear_rest(worker)
-        self._forget(worker.channel)
+        # Its reasons may still be on the way when its exit is reported.
+        self.hub.read_rest(worker.channel, lambda message: self._hear_last(worker, message), REST_READS)
+        self.hub.forget(worker.channel)
         last_words = read_last_words(worker.dump)
         os.close(worker.dump)
-        self._report_end(worker, status, last_words)
+        age = time.monotonic() - worker.born
+        figures = {**who(worker), "status": status, "seconds": round(age, 3), "requests": worker.requests}
+        failure = reports.boot_failure(worker, status, last_words)
+        if failure is not None:
+            self._failures.setdefault(worker.generation, failure)
+        elif worker.generation > self.fleet.good and not worker.expected:
+            how = f"its canary ended early ({reports.describe_exit(status)})"
+            self._failures.setdefault(worker.generation, worker.failure or Failure(how, "", ExitCode.APPLICATION))
+        self._say(reports.end_of_worker(worker, status, last_words, age), **figures)
         self._feed(v.WorkerGone(worker.wid))
 
-    def _hear_rest(self, worker: WorkerProcess) -> None:
-        """The reasons of a worker may still be on the way when its exit is reported."""
-        try:
-            while messages := worker.channel.receive():
-                for message, _ in messages:
-                    if message["t"] == "failed":
-                        worker.failure = _failure(message)
-        except ProtocolError:
-            pass
-
-    def _report_end(self, worker: WorkerProcess, status: int | None, last_words: str) -> None:
-        age = time.monotonic() - worker.born
-        figures = {**_who(worker), "status": status, "seconds": round(age, 3), "requests": worker.requests}
-        how = describe_exit(status)
-        if worker.ready_at is None and not worker.expected:
-            failure = worker.failure or Failure(f"its process ended early ({how})", last_words, ExitCode.APPLICATION)
-            self._first_failure = self._first_failure or failure
-            self.log.error(f"{worker.name} could not boot: {failure.message}", failure.detail, **figures)
-        elif worker.expected and not last_words:
-            self.log.info(f"{worker.name} gone: {how} after {age:.1f} s, {worker.requests} requests", **figures)
-        else:
-            why = f" ({worker.failure.message})" if worker.failure else ""
-            detail = last_words or (worker.failure.detail if worker.failure else "")
-            self.log.error(
-                f"{worker.name} gone: {how}{why} after {age:.1f} s; the requests that it had in progress are lost",
-                detail,
-                **figures,
-            )
+    def _hear_last(self, worker: WorkerProcess, message: Message) -> None:
+        if message["t"] == "failed":
+            worker.failure = _failure(message)
 
     # -- actions
 
     def _spawn(self, action: v.Spawn) -> None:
         self._asked_at.setdefault(action.generation, time.monotonic())
+        try:
+            self._start_worker(action)
+        except OSError as exc:
+            self.log.error(f"worker {action.wid} gen {action.generation} could not be started: {exc.strerror}")
+            self.workers.pop(action.wid, None)
+            self._feed(v.WorkerGone(action.wid))
+
+    def _start_worker(self, action: v.Spawn) -> None:
+        """Raises `OSError` when the system has no descriptors or processes left."""
         server = self._fork_server(action.generation)
         ours, theirs = socket.socketpair()
-        worker = WorkerProcess(action.wid, action.generation, Channel(ours), make_dump_file(), time.monotonic())
+        channel = Channel(ours)
+        try:
+            worker = WorkerProcess(action.wid, action.generation, channel, make_dump_file(), time.monotonic())
+            self.hub.send(server.channel, {"t": "spawn", "wid": action.wid}, [theirs.fileno(), worker.dump])
+        except OSError:
+            channel.close()
+            raise
+        finally:
+            theirs.close()
         self.workers[action.wid] = worker
-        self._listen(
+        self._listen_to_worker(worker)
+
+    def _listen_to_worker(self, worker: WorkerProcess) -> None:
+        self.hub.listen(
             worker.channel, lambda message: self._hear_worker(worker, message), lambda: self._worker_lost(worker)
         )
-        self._send(server.channel, {"t": "spawn", "wid": action.wid}, [theirs.fileno(), worker.dump])
-        theirs.close()
 
     def _drain(self, action: v.Drain) -> None:
         worker = self.workers.get(action.wid)
         if worker is None:
             return
         if not worker.expected:
-            self.log.info(f"{worker.name} draining: {action.reason}", **_who(worker), reason=str(action.reason))
+            self.log.info(f"{worker.name} draining: {action.reason}", **who(worker), reason=str(action.reason))
         worker.expected = True
         order = {"t": "drain", "seconds": action.seconds, "reason": str(action.reason)}
-        successors = [self.workers[wid] for wid in action.successors if wid in self.workers]
-        ours: list[socket.socket] = []
-        for successor in successors[:MAX_FDS]:
-            one, other = socket.socketpair()
-            ours.append(one)
-            self._send(successor.channel, {"t": "adopt", "from": action.wid}, [other.fileno()])
-            other.close()
-        self._send(worker.channel, order, [sock.fileno() for sock in ours])
-        for sock in ours:
-            sock.close()
+        channels: list[socket.socket] = []
+        try:
+            successors = [self.workers[wid] for wid in action.successors[:MAX_FDS] if wid in self.workers]
+            channels.extend(self._channel_to(successor, worker.wid) for successor in successors)
+            self.hub.send(worker.channel, order, [sock.fileno() for sock in channels])
+        except OSError as exc:
+            self.log.warning(f"connections of {worker.name} cannot move: {exc.strerror}", **who(worker))
+            self.hub.send(worker.channel, order)
+        finally:
+            for sock in channels:
+                sock.close()
+
+    def _channel_to(self, successor: WorkerProcess, wid: int) -> socket.socket:
+        """One end of a channel on which worker `wid` can hand connections to `successor`, which gets the other."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.hub.send(successor.channel, {"t": "adopt", "from": wid}, [theirs.fileno()])
+        return ours
+
+    def _stop_listening(self, _action: v.StopListening) -> None:
+        """From now on the workers decide how long connections are accepted, each closing its own copy in the end."""
+        for listener in self.listeners:
+            listener.close()
+        for server in self.fork_servers.values():
+            self.hub.send(server.channel, {"t": "stop_listening"})
+
+    def _canary_started(self, action: v.CanaryStarted) -> None:
+        counts = {w.wid: canary.Answers(w.requests, w.errors) for w in self.workers.values() if w.wid != action.wid}
+        self._canary = (action.wid, counts)
+        self.log.info(
+            f"generation {action.generation} is on probation for {action.seconds:g} s with worker {action.wid}",
+            generation=action.generation,
+            worker=action.wid,
+        )
 
     def _dump(self, action: v.Dump) -> None:
         worker = self.workers.get(action.wid)
         if worker is None:
             return
-        if action.reason is v.Reason.BOOT_TIMEOUT:
-            limit = f"it was not ready within boot_timeout, {self.settings.boot_timeout:g} s"
-            what = "the application hangs while it is imported or started"
-        else:
-            limit = f"its event loop did not answer for timeout, {self.settings.timeout:g} s"
-            what = "code of the application blocks it"
-        text = f"{limit}: {what}; it is killed, its stacks follow"
-        worker.failure = Failure(text, "", ExitCode.APPLICATION)
-        self.log.error(f"{worker.name} is stuck: {text}", **_who(worker))
-        kill(worker.pid, DUMP_SIGNAL)
+        what = reports.stuck(action.reason, self.settings)
+        worker.failure = Failure(what, "", ExitCode.APPLICATION)
+        self._failures.setdefault(worker.generation, worker.failure)
+        self.log.error(f"{worker.name} is stuck: {what}; it is killed, its stacks follow", **who(worker))
+        self._signal(worker, DUMP_SIGNAL)
 
     def _kill(self, action: v.Kill) -> None:
         worker = self.workers.get(action.wid)
-        if worker is not None:
-            if worker.ready_at is not None and action.reason is not v.Reason.STUCK:
-                self.log.warning(
-                    f"{worker.name} is killed: it did not finish in time ({action.reason})", **_who(worker)
-                )
-            worker.expected = worker.expected or worker.failure is None
-            kill(worker.pid, signal.SIGKILL)
+        if worker is None:
+            return
+        if worker.ready_at is not None and action.reason is not v.Reason.STUCK:
+            self.log.warning(f"{worker.name} is killed: it did not finish in time ({action.reason})", **who(worker))
+        worker.expected = worker.expected or worker.failure is None
+        server = self.fork_servers.get(worker.generation)
+        if worker.killed and server is not None:
+            # Nobody survives the first one, so it is the fork server that does not tell; then we hear of it ourselves.
+            self.log.warning(f"the fork server of generation {server.generation} does not answer and is killed")
+            kill(server.pid, signal.SIGKILL)
+            worker.lost_at = time.monotonic()
+        worker.killed = True
+        self._signal(worker, signal.SIGKILL)
+
+    def _signal(self, worker: WorkerProcess, number: signal.Signals) -> None:
+        """Signal a worker; one that is not forked yet waits for its fork server, so that is what hangs."""
+        server = self.fork_servers.get(worker.generation)
+        if worker.pid:
+            kill(worker.pid, number)
+        elif server is not None and server.settings is None:
+            kill(server.pid, number)
 
     def _complete(self, action: v.GenerationComplete) -> None:
         seconds = time.monotonic() - self._asked_at.get(action.generation, time.monotonic())
-        count = self.fleet.size
-        workers = f"{count} worker{'s' if count != 1 else ''}"
-        self.log.info(
-            f"generation {action.generation} is serving {self.settings.app} with {workers}, {seconds:.2f} s after it "
-            "was asked for",
-            generation=action.generation,
-            workers=count,
-        )
+        server = self.fork_servers.get(action.generation)
+        if server is not None and server.settings is not None:
+            self._adopt_settings(server.settings, action.generation)
+        report = reports.complete(action.generation, self.settings, self.fleet.size, seconds)
+        self._say(report, generation=action.generation, workers=self.fleet.size)
+        self._asked_at.clear()
 
     def _given_up(self, action: v.GenerationGivenUp) -> None:
-        why = self._first_failure.message if self._first_failure else "it could not boot"
-        self._first_failure = None
-        self.log.error(
-            f"generation {action.generation} given up: {why}. Generation {action.keeping} keeps serving; "
-            "mend the new code or settings and reload again",
-            generation=action.generation,
-            keeping=action.keeping,
-        )
+        report = reports.given_up(action.generation, action.keeping, self._failures.get(action.generation))
+        # What is said later of this one, by a worker that must be killed, is not the reason of the next.
+        self._failures = {number: known for number, known in self._failures.items() if number > action.generation}
+        self._say(report, generation=action.generation, keeping=action.keeping)
 
     def _halt(self, action: v.Halt) -> None:
         code = action.code
-        if code is ExitCode.APPLICATION and self._first_failure is not None:
-            code = ExitCode(self._first_failure.code)
+        failure = self._failures.get(self.fleet.target)
+        if code is ExitCode.APPLICATION and failure is not None:
+            code = ExitCode(failure.code)
         self._exit = code
 
     def _end(self) -> None:
         """Nothing serves any more: let the fork servers go, and leave no process behind."""
         deadline = time.monotonic() + END_GRACE
-        pids = {server.pid for server in self.fork_servers.values()}
-        for server in self.fork_servers.values():
-            self._forget(server.channel)
+        for server in list(self.fork_servers.values()):
+            self._lose(server)
+        pids = {server.pid for server in self._leaving}
         while pids and time.monotonic() < deadline:
             pids -= {pid for pid, _ in reap()}
             if pids:
-                self._selector.select(0.01)
+                self.hub.wait(0.01)
         for pid in pids:
             kill(pid, signal.SIGKILL)
+        # Python would restore the default, which kills, on its way out: the exit code is already decided.
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         signal.set_wakeup_fd(-1)
 
 
 _PERFORM: dict[type, Callable[[Arbiter, Any], None]] = {
     v.Spawn: Arbiter._spawn,
     v.Drain: Arbiter._drain,
+    v.StopListening: Arbiter._stop_listening,
+    v.CanaryStarted: Arbiter._canary_started,
     v.Dump: Arbiter._dump,
     v.Kill: Arbiter._kill,
     v.GenerationComplete: Arbiter._complete,
@@ -471,7 +480,3 @@ _PERFORM: dict[type, Callable[[Arbiter, Any], None]] = {
 
 def _failure(message: Message) -> Failure:
     return Failure(str(message["message"]), str(message["detail"]), int(message.get("code", ExitCode.APPLICATION)))
-
-
-def _who(worker: WorkerProcess) -> dict[str, Any]:
-    return {"worker": worker.wid, "generation": worker.generation, "worker_pid": worker.pid}

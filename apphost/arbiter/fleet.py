@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 
 from apphost.arbiter.vocabulary import (
     Action,
+    CanaryFailed,
+    CanaryStarted,
     Config,
     Configured,
     Drain,
@@ -33,6 +35,7 @@ from apphost.arbiter.vocabulary import (
     ScaleAsked,
     Spawn,
     StopAsked,
+    StopListening,
     Tick,
     WorkerAsksReplacement,
     WorkerBeat,
@@ -83,6 +86,9 @@ class Fleet:
     complete: int = 0  # generation that GenerationComplete was said of last
     again: bool = False  # a reload came while the target was unproven
     target_since: float = 0.0
+    canary_until: float | None = None  # while the first worker of the target serves on probation
+    canary_config: Config | None = None  # the settings that count once it has passed
+    stop_at: float | None = None  # when the stop that was asked for begins (shutdown_delay)
     stopping: bool = False
     stop_deadline: float = 0.0
     exit_code: ExitCode = ExitCode.OK
@@ -130,6 +136,8 @@ def next_deadline(fleet: Fleet) -> float | None:
         deadlines.append(fleet.not_before)
     if fleet.again and not fleet.stopping:
         deadlines.append(fleet.target_since + SUPERSEDE_AFTER)
+    if not fleet.stopping:
+        deadlines += [due for due in (fleet.canary_until, fleet.stop_at) if due is not None]
     return min(deadlines, default=None)
 
 
@@ -137,6 +145,8 @@ def next_deadline(fleet: Fleet) -> float | None:
 
 
 def _reload_asked(fleet: Fleet, _event: ReloadAsked, now: float) -> list[Action]:
+    if fleet.stop_at is not None:
+        return []
     fleet.crashes = 0
     fleet.not_before = None
     if fleet.target != fleet.good:
@@ -147,13 +157,19 @@ def _reload_asked(fleet: Fleet, _event: ReloadAsked, now: float) -> list[Action]
 
 
 def _stop_asked(fleet: Fleet, event: StopAsked, now: float) -> list[Action]:
-    if fleet.stopping or event.now:
+    if fleet.stopping or event.now or fleet.stop_at is not None:
         fleet.stopping = True
         return [_kill(w, Reason.STOP, now) for w in fleet.workers.values()]
+    fleet.stop_at = now + fleet.config.shutdown_delay
+    return []  # `_expire` begins the stop, at once where there is no delay
+
+
+def _begin_stop(fleet: Fleet, now: float) -> list[Action]:
     fleet.stopping = True
     fleet.stop_deadline = now + fleet.config.stop_timeout
     draining = fleet.having(State.DRAINING)
-    actions: list[Action] = [_drain(fleet, w, Reason.STOP, now) for w in fleet.having(State.BOOTING, State.READY)]
+    actions: list[Action] = [StopListening()]
+    actions += [_drain(fleet, w, Reason.STOP, now) for w in fleet.having(State.BOOTING, State.READY)]
     for worker in draining:
         worker.deadline = min(worker.deadline or fleet.stop_deadline, fleet.stop_deadline)
         actions.append(_drain_order(worker, Reason.STOP, now, ()))
@@ -166,11 +182,15 @@ def _scale_asked(fleet: Fleet, event: ScaleAsked, _now: float) -> list[Action]:
 
 
 def _configured(fleet: Fleet, event: Configured, _now: float) -> list[Action]:
-    # A size that TTIN/TTOU chose is kept unless the settings themselves say something new.
-    if event.config.size != fleet.config.size:
-        fleet.size = event.config.size
-    fleet.config = event.config
+    _adopt(fleet, event.config)
     return []
+
+
+def _adopt(fleet: Fleet, config: Config) -> None:
+    # A size that TTIN/TTOU chose is kept unless the settings themselves say something new.
+    if config.size != fleet.config.size:
+        fleet.size = config.size
+    fleet.config = config
 
 
 def _worker_ready(fleet: Fleet, event: WorkerReady, now: float) -> list[Action]:
@@ -180,11 +200,35 @@ def _worker_ready(fleet: Fleet, event: WorkerReady, now: float) -> list[Action]:
     _move(worker, State.READY)
     worker.ready_at = now
     worker.deadline = now + fleet.config.timeout if fleet.config.timeout else None
-    if worker.generation > fleet.good:
-        fleet.good = worker.generation
-        if fleet.again:
-            _new_target(fleet, now)
-    return []
+    if worker.generation <= fleet.good:
+        return []
+    config = event.config or fleet.config
+    if not config.canary or not fleet.good:
+        _prove(fleet, worker.generation, config, now)
+        return []
+    if fleet.again:
+        return _supersede(fleet, now)
+    fleet.canary_until = now + config.canary
+    fleet.canary_config = config
+    return [CanaryStarted(worker.generation, worker.wid, config.canary)]
+
+
+def _prove(fleet: Fleet, generation: int, config: Config, now: float) -> None:
+    """New code works: from now on it is what counts, and its settings with it.
+
+    In one step: else old code would be spawned for the new size, or new code be complete with the old one.
+    """
+    _adopt(fleet, config)
+    fleet.good = generation
+    fleet.canary_until = None
+    if fleet.again:
+        _new_target(fleet, now)
+
+
+def _canary_failed(fleet: Fleet, event: CanaryFailed, now: float) -> list[Action]:
+    if fleet.canary_until is None or event.generation != fleet.target:
+        return []
+    return _give_up(fleet, event.generation, now)
 
 
 def _worker_beat(fleet: Fleet, event: WorkerBeat, now: float) -> list[Action]:
@@ -208,7 +252,7 @@ def _worker_leaves(fleet: Fleet, event: WorkerLeaves, now: float) -> list[Action
         _count_crash(fleet, _is_steady(worker, now), now)  # else one that always leaves is forked without a pause
         _move(worker, State.DRAINING)
         worker.deadline = now + fleet.config.graceful_timeout + KILL_GRACE
-        worker.reason = Reason.STOP
+        worker.reason = Reason.LEFT
     return []
 
 
@@ -218,11 +262,12 @@ def _worker_gone(fleet: Fleet, event: WorkerGone, now: float) -> list[Action]:
         return []
     was, steady = worker.state, _is_steady(worker, now)
     _move(worker, State.GONE)
-    if was is State.DRAINING or fleet.stopping:
+    if fleet.stopping or (was is State.DRAINING and worker.reason is not Reason.LEFT):
         return []
-    if was is State.BOOTING and worker.generation > fleet.good:
+    if worker.generation > fleet.good:
         return _give_up(fleet, worker.generation, now)
-    _count_crash(fleet, steady, now)
+    if was is not State.DRAINING:
+        _count_crash(fleet, steady, now)
     return []
 
 
@@ -254,6 +299,7 @@ _HANDLERS: dict[type, Callable[..., list[Action]]] = {
     WorkerReady: _worker_ready,
     WorkerBeat: _worker_beat,
     WorkerAsksReplacement: _worker_asks_replacement,
+    CanaryFailed: _canary_failed,
     WorkerLeaves: _worker_leaves,
     WorkerGone: _worker_gone,
     Tick: _tick,
@@ -267,6 +313,8 @@ def _expire(fleet: Fleet, now: float) -> list[Action]:
     actions: list[Action] = []
     if fleet.not_before is not None and now >= fleet.not_before:
         fleet.not_before = None
+    if fleet.stop_at is not None and not fleet.stopping and now >= fleet.stop_at:
+        return _begin_stop(fleet, now)
     for worker in list(fleet.workers.values()):
         if worker.deadline is None or worker.deadline > now:
             continue
@@ -278,14 +326,27 @@ def _expire(fleet: Fleet, now: float) -> list[Action]:
                 _count_crash(fleet, False, now)
         elif worker.state is State.READY:
             actions.append(_dump(worker, Reason.STUCK, now))
+            if worker.generation > fleet.good:
+                actions += _give_up(fleet, worker.generation, now)
         else:
             actions.append(_kill(worker, worker.reason, now))
+    if fleet.canary_until is not None and not fleet.stopping and now >= fleet.canary_until:
+        _prove(fleet, fleet.target, fleet.canary_config or fleet.config, now)
     if fleet.again and not fleet.stopping and now >= fleet.target_since + SUPERSEDE_AFTER:
-        for worker in fleet.having(State.BOOTING):
-            if worker.generation == fleet.target:
-                actions.append(_drain(fleet, worker, Reason.SUPERSEDED, now))
-        _new_target(fleet, now)
+        actions += _supersede(fleet, now)
     return actions
+
+
+def _supersede(fleet: Fleet, now: float) -> list[Action]:
+    """A newer reload is asked for: do not wait for the unproven target any longer."""
+    actions = _drain_unproven(fleet, fleet.target, Reason.SUPERSEDED, now)
+    _new_target(fleet, now)
+    return actions
+
+
+def _drain_unproven(fleet: Fleet, generation: int, reason: Reason, now: float) -> list[Action]:
+    workers = [w for w in fleet.having(State.BOOTING, State.READY) if w.generation == generation]
+    return [_drain(fleet, w, reason, now) for w in workers]
 
 
 # ------------------------------------------------------------------------------------------------------- reconcile
@@ -327,6 +388,8 @@ def _upgrade(fleet: Fleet, now: float) -> Spawn | None:
     alive = fleet.having(State.BOOTING, State.READY)
     outdated = [w for w in alive if not fleet.is_fresh(w)]
     booting_fresh = [w for w in alive if w.state is State.BOOTING and fleet.is_fresh(w)]
+    if fleet.canary_until is not None:
+        return None
     if not outdated or booting_fresh or len(alive) >= fleet.size + SURGE or fleet.not_before is not None:
         return None
     if len(fleet.having(State.DRAINING)) >= fleet.size + DRAINING_EXTRA:
@@ -336,7 +399,8 @@ def _upgrade(fleet: Fleet, now: float) -> Spawn | None:
 
 def _retire(fleet: Fleet, now: float) -> Action | None:
     """More ready workers than wanted: drain one, old code first, then who asked for it, then the oldest."""
-    ready = fleet.having(State.READY)
+    # A worker on probation is extra until it has passed: nothing old retires for it.
+    ready = [w for w in fleet.having(State.READY) if fleet.canary_until is None or w.generation <= fleet.good]
     if len(ready) <= fleet.size:
         boots = fleet.having(State.BOOTING)
         surplus = len(ready) + len(boots) > fleet.size + SURGE
@@ -373,12 +437,17 @@ def _drain(fleet: Fleet, worker: Worker, reason: Reason, now: float) -> Action:
         worker.deadline = fleet.stop_deadline
     else:
         worker.deadline = now + fleet.config.graceful_timeout + KILL_GRACE
-    return _drain_order(worker, reason, now, () if fleet.stopping else _successors(fleet, worker))
+    return _drain_order(worker, reason, now, () if fleet.stopping or booting else _successors(fleet, worker))
 
 
 def _successors(fleet: Fleet, worker: Worker) -> list[int]:
-    """Who may take over the connections of `worker`: what is newest among the ready, which need not be the target."""
-    ready = [w for w in fleet.having(State.READY) if w.generation >= worker.generation]
+    """Who may take over the connections of `worker`: what is newest among the ready, which need not be the target.
+
+    Only proven code; and older code only where the worker's own has been given up.
+    """
+    given_up = worker.generation > fleet.good
+    ready = [w for w in fleet.having(State.READY) if w.generation <= fleet.good]
+    ready = [w for w in ready if given_up or w.generation >= worker.generation]
     ready = [w for w in ready if not w.stale] or ready
     newest = max((w.generation for w in ready), default=0)
     return [w.wid for w in ready if w.generation == newest]
@@ -409,14 +478,15 @@ def _new_target(fleet: Fleet, now: float) -> None:
     fleet.target = fleet.newest
     fleet.target_since = now
     fleet.again = False
+    fleet.canary_until = None
 
 
 def _give_up(fleet: Fleet, generation: int, now: float) -> list[Action]:
     """A generation that never was ready has failed: fall back, or end where nothing has ever been ready."""
     if generation != fleet.target or fleet.stopping:
         return []
-    boots = [w for w in fleet.having(State.BOOTING) if w.generation == generation]
-    actions: list[Action] = [_drain(fleet, w, Reason.GIVEN_UP, now) for w in boots]
+    actions = _drain_unproven(fleet, generation, Reason.GIVEN_UP, now)
+    fleet.canary_until = None
     if fleet.again:
         _new_target(fleet, now)
         return [*actions, GenerationGivenUp(generation, fleet.good)]

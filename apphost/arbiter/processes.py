@@ -31,7 +31,8 @@ class ForkServer:
     generation: int
     pid: int
     channel: Channel
-    settings: Settings | None = None  # once it has read them
+    dump: int  # descriptor of the file for its last words
+    settings: Settings | None = None  # once it has read them, and imported what it preloads
     failure: Failure | None = None
 
 
@@ -46,11 +47,13 @@ class WorkerProcess:
     ready_at: float | None = None
     names: dict[str, str] = field(default_factory=dict)  # interface, parser, loop
     requests: int = 0
+    errors: int = 0  # of the requests, those answered 5xx
     connections: int = 0
     active: int = 0
     failure: Failure | None = None
     lost_at: float | None = None  # when its channel ended
     expected: bool = False  # it was told to go, or said that it goes
+    killed: bool = False
 
     @property
     def name(self) -> str:
@@ -60,32 +63,33 @@ class WorkerProcess:
 def start_fork_server(generation: int, source: Source, listeners: list[socket.socket]) -> ForkServer:
     """Start a fresh interpreter as the fork server of `generation` and send it its configuration."""
     ours, theirs = socket.socketpair()
+    dump = make_dump_file()
     fds = [listener.fileno() for listener in listeners]
     # Blocked until the new program has handlers: nothing that is sent meanwhile is lost, and nothing kills it.
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         pid = os.fork()
         if pid == 0:
-            _become_fork_server(source.cwd, theirs.fileno(), fds)
+            _become_fork_server(source.cwd, theirs.fileno(), dump, fds)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
     theirs.close()
     channel = Channel(ours)
     config = {"protocol": PROTOCOL_VERSION, "generation": generation, "source": source.to_wire(), "listeners": fds}
     channel.send({"t": "config", **config})
-    return ForkServer(generation, pid, channel)
+    return ForkServer(generation, pid, channel, dump)
 
 
-def _become_fork_server(cwd: str, channel: int, listeners: list[int]) -> None:
+def _become_fork_server(cwd: str, channel: int, dump: int, listeners: list[int]) -> None:
     """In the child: replace this program. By the names that the user gave, so switched symlinks lead to new code."""
     try:
         try:
             os.chdir(cwd)
         except OSError:
             pass  # the fork server finds the words for it
-        for fd in (channel, *listeners):
+        for fd in (channel, dump, *listeners):
             os.set_inheritable(fd, True)
-        os.execv(sys.executable, [sys.executable, "-c", COMMAND, str(channel)])  # noqa: S606
+        os.execv(sys.executable, [sys.executable, "-c", COMMAND, str(channel), str(dump)])  # noqa: S606
     except BaseException as exc:
         os.write(2, f"apphost: cannot start {sys.executable}: {exc}\n".encode())
     finally:
@@ -140,15 +144,3 @@ def kill(pid: int, number: int) -> None:
             os.kill(pid, number)
         except ProcessLookupError:
             pass
-
-
-def describe_exit(status: int | None) -> str:
-    """`exit 0`, `died of SIGKILL`, or what can be said when nobody told."""
-    if status is None:
-        return "ended without a status"
-    if status >= 0:
-        return f"exit {status}"
-    try:
-        return f"died of {signal.Signals(-status).name}"
-    except ValueError:
-        return f"died of signal {-status}"

@@ -22,7 +22,7 @@ class Reason(str, enum.Enum):
     BOOT_TIMEOUT = "boot timeout"
     SUPERSEDED = "superseded"
     GIVEN_UP = "generation given up"
-    ORPHANED = "lost its channel"
+    LEFT = "left by itself"
 
     def __str__(self) -> str:
         return self.value
@@ -37,6 +37,8 @@ class Config:
     timeout: float = 30.0  # 0: a silent worker is left alone
     graceful_timeout: float = 30.0
     stop_timeout: float = 8.0
+    shutdown_delay: float = 0.0  # between the order to stop and the stop
+    canary: float = 0.0  # for which the first worker of new code serves alone of its kind; 0: it need not
 
 
 # ---------------------------------------------------------------------------------------------------------- events
@@ -70,7 +72,10 @@ class Configured:
 
 @dataclass(frozen=True, slots=True)
 class WorkerReady:
+    """`config`: the settings of its generation, which count from now on if this is what proves it."""
+
     wid: int
+    config: Config | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,13 @@ class WorkerAsksReplacement:
     """A worker has served enough (max_requests) and wants a successor before it drains."""
 
     wid: int
+
+
+@dataclass(frozen=True, slots=True)
+class CanaryFailed:
+    """The first worker of this generation answers too many requests with errors."""
+
+    generation: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +122,7 @@ Event = (
     | WorkerReady
     | WorkerBeat
     | WorkerAsksReplacement
+    | CanaryFailed
     | WorkerLeaves
     | WorkerGone
     | Tick
@@ -132,6 +145,20 @@ class Drain:
     seconds: float
     reason: Reason
     successors: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StopListening:
+    """The stop begins: give up the listeners; the workers, each with its own copy, take what still waits there."""
+
+
+@dataclass(frozen=True, slots=True)
+class CanaryStarted:
+    """The first worker of a new generation serves, and is watched for `seconds`."""
+
+    generation: int
+    wid: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,4 +197,6 @@ class Halt:
     code: ExitCode
 
 
-Action = Spawn | Drain | Dump | Kill | GenerationComplete | GenerationGivenUp | Halt
+Action = (
+    Spawn | Drain | StopListening | CanaryStarted | Dump | Kill | GenerationComplete | GenerationGivenUp | Halt
+)  # fmt: skip

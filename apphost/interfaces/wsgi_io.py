@@ -195,7 +195,7 @@ def file_to_send(result: FileWrapper, headers_sent: bool) -> tuple[int, int, int
         info = os.fstat(fd)
         # Where the application has read to, which for a buffered file is not where the descriptor stands.
         offset = file.tell()
-    except (OSError, ValueError):
+    except (AttributeError, OSError, ValueError):
         return None
     if not stat.S_ISREG(info.st_mode) or not isinstance(offset, int) or offset >= info.st_size:
         return None
@@ -203,16 +203,16 @@ def file_to_send(result: FileWrapper, headers_sent: bool) -> tuple[int, int, int
 
 
 def plain_file(filelike: Any) -> io.IOBase | None:
-    """The binary file of the system that `filelike` is, or wraps in a `file` attribute (tempfile, Django); else None.
+    """The binary file of the system whose own `read` is the one of `filelike`, else None.
 
-    That there is a `fileno` is not enough: a `GzipFile` has one, and what it reads is not what its descriptor has.
+    That there is a `fileno` is not enough: a `GzipFile` has one, and what it reads is not what its descriptor has. What
+    only passes the `read` of a real file on, such as those of tempfile and of Django, counts as that file.
     """
-    file = filelike
-    for _ in range(3):
-        kind = type(file)
-        if kind is io.FileIO or (kind in _BUFFERED and type(file.raw) is io.FileIO):
-            return cast(io.IOBase, file)
-        file = getattr(file, "file", None)
+    read = filelike.read
+    file = getattr(getattr(read, "__wrapped__", read), "__self__", None)
+    kind = type(file)
+    if kind is io.FileIO or (kind in _BUFFERED and type(cast(Any, file).raw) is io.FileIO):
+        return cast(io.IOBase, file)
     return None
 
 

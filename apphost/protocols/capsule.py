@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 from dataclasses import dataclass
 from typing import Any
 
 VERSION = 1
 KIND = "http1"
-BYTES_MAX = 262144  # bytes: more than what a connection buffers (64 KiB and one read of the loop) is not one of ours
+# bytes: the most that a connection buffers is BUFFER_MAX of http1.py and two reads of asyncio, of 256 KiB each
+BYTES_MAX = 65536 + 2 * 262144
 
 
 class CapsuleError(Exception):
@@ -52,15 +54,16 @@ class Capsule:
     @classmethod
     def from_wire(cls, wire: dict[str, Any]) -> Capsule:
         """Raises `CapsuleError` for anything that `to_wire` of this version did not make."""
-        if wire.get("v") != VERSION or wire.get("kind") != KIND:
-            raise CapsuleError(f"version {wire.get('v')!r}, kind {wire.get('kind')!r}")
+        version, kind = wire.get("v"), wire.get("kind")
+        if type(version) is not int or version != VERSION or kind != KIND:
+            raise CapsuleError(f"version {str(version)[:20]}, kind {str(kind)[:20]}")
         try:
             return cls(
                 client=_client(wire["client"]),
                 server=_server(wire["server"]),
                 scheme=_typed(wire["scheme"], str),
                 requests=_typed(wire["requests"], int),
-                left=float(_typed(wire["left"], (int, float))),
+                left=_seconds(wire["left"]),
                 half=_typed(wire["half"], bool),
                 data=_bytes(wire["data"]),
             )
@@ -84,6 +87,13 @@ def _client(value: Any) -> tuple[str, int] | None:
 def _server(value: Any) -> tuple[str, int | None]:
     host, port = value
     return _typed(host, str), None if port is None else _typed(port, int)
+
+
+def _seconds(value: Any) -> float:
+    seconds = float(_typed(value, (int, float)))
+    if not math.isfinite(seconds):  # a clock does not take it
+        raise ValueError(f"{seconds} seconds")
+    return seconds
 
 
 def _bytes(value: Any) -> bytes:

@@ -37,7 +37,7 @@ class Context:
     interface: to be set before the first connection is made.
     draining: the worker wants to go. closing: every response says `Connection: close`.
     on_idle: called with each connection that has come to wait for a request (so that it can move), None: not wanted.
-    requests: responses finished so far, of all connections.
+    requests: responses finished so far, of all connections; errors: those of them that were 5xx or cut short.
     on_enough: called when `requests` reaches `requests_wanted`. on_closed: called after a connection has ended.
     """
 
@@ -48,6 +48,7 @@ class Context:
         "connections",
         "deadlines",
         "draining",
+        "errors",
         "interface",
         "keep_alive",
         "limits",
@@ -93,6 +94,7 @@ class Context:
         self.closing = False
         self.on_idle: Callable[[Connection], None] | None = None
         self.requests = 0
+        self.errors = 0
         self.keep_alive = self.timeouts.keep_alive
         self.requests_wanted = -1
         self.on_enough: Callable[[], None] = _nothing

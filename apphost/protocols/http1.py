@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import sys
 import time
 from collections.abc import Callable
 from typing import cast
@@ -36,6 +37,10 @@ _LEADING_CRLF = re.compile(rb"(?:\r\n)+")  # RFC 9112, 2.2: some old clients sen
 # Looking a member up in its enum costs 0.1 us before Python 3.12.
 _WAITING, _HEAD, _BUSY, _MOVING = Phase.WAITING, Phase.HEAD, Phase.BUSY, Phase.MOVING
 _DISCARDING, _CLOSED = Phase.DISCARDING, Phase.CLOSED
+
+
+# asyncio's never pauses before 3.12.9 and 3.13.2 (CVE-2024-12254), nor takes the loss of the connection well until 3.14.1.
+_BROKEN_WRITELINES = (3, 12) <= sys.version_info < (3, 14, 1)
 
 
 class Connection(Wire):
@@ -62,7 +67,8 @@ class Connection(Wire):
             self.client, self.server = _addresses(transport)
             self._arm(context.loop.time() + context.timeouts.request_header)
         if context.on_idle is not None:
-            context.on_idle(self)
+            # Not at once: the transport begins to read after this method, also one that was paused in it.
+            context.loop.call_soon(context.on_idle, self)
 
     def _unpack(self, capsule: Capsule) -> None:
         """Go on where another worker has stopped."""
@@ -85,11 +91,12 @@ class Connection(Wire):
         if self.phase is not _MOVING:
             return
         self.phase = _WAITING
-        self._arm(self.context.loop.time() + self.context.timeouts.request_header)
+        self._arm(self.context.loop.time() if self.read_deadline == NEVER else self.read_deadline)
         self._resume()
-        data, self.buffer, self.scanned = self.buffer, b"", 0
-        if data:
-            self._take_head(data)
+        self.scanned = 0
+        self._pump()
+        if self.eof and self.phase is _WAITING:
+            _BEHAVIOUR[self.phase].eof(self)
 
     def data_received(self, data: bytes) -> None:
         if self.phase is _WAITING:
@@ -113,7 +120,7 @@ class Connection(Wire):
         self.write_deadline = NEVER
         if self.exchange is not None and self.phase is _BUSY:
             self.exchange.handler.write_resumed()
-        elif self.phase is _WAITING:
+        elif self.phase is _WAITING or self.phase is _HEAD:
             self._pump()
             if self.context.on_idle is not None:
                 self.context.on_idle(self)
@@ -283,12 +290,17 @@ class Connection(Wire):
         self.transport.write(data)
 
     def write_many(self, pieces: list[bytes]) -> None:
-        self.transport.writelines(pieces)
+        if _BROKEN_WRITELINES and isinstance(self.context.loop, asyncio.SelectorEventLoop):
+            self.transport.write(b"".join(pieces))
+        else:
+            self.transport.writelines(pieces)
 
     def response_done(self, exchange: Exchange) -> None:
         """The response is complete; the application may go on working, the connection does not wait for it."""
         context = self.context
         context.requests += 1
+        if exchange.status >= 500:
+            context.errors += 1
         if context.access_log is not None:
             context.access_log.write(exchange)
         if not exchange.keep_alive:
@@ -313,6 +325,7 @@ class Connection(Wire):
             exchange.status = 500
             self._answer(500, "the application failed", exchange.head.method)
         self.context.requests += 1
+        self.context.errors += 1
         if self.context.access_log is not None:
             self.context.access_log.write(exchange, cut=started)
         if self.context.requests == self.context.requests_wanted:
@@ -334,7 +347,7 @@ class Connection(Wire):
             context.on_idle(self)
 
     def _pump(self) -> None:
-        if self.phase is _WAITING and self.buffer and not self.write_paused:
+        if (self.phase is _WAITING or self.phase is _HEAD) and self.buffer and not self.write_paused:
             data, self.buffer = self.buffer, b""
             self._take_head(data)
             if self.eof:  # that came before this request began
@@ -406,9 +419,9 @@ class Connection(Wire):
         self._refuse_body(exchange, BadRequest(408, "the request body did not come in time"))
 
     def _keep_moving(self, data: bytes) -> None:
-        """Bytes in spite of the pause: read, so whoever goes on with the connection must get them. We do."""
+        """Bytes in spite of the pause: read, so whoever goes on with the connection must get them. We do: the sender
+        sees that there are more than it has offered, and takes its offer back."""
         self.buffer += data
-        self.stay()
 
     def _ignore(self, _data: bytes = b"") -> None:
         pass

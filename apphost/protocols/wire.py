@@ -9,7 +9,7 @@ import socket
 import struct
 from abc import ABC, abstractmethod
 
-from apphost.protocols.capsule import Capsule
+from apphost.protocols.capsule import BYTES_MAX, Capsule
 from apphost.protocols.context import Context
 from apphost.protocols.deadlines import NEVER, RESOLUTION
 from apphost.protocols.exchange import Exchange
@@ -103,7 +103,12 @@ class Wire(asyncio.Protocol, ABC):
         timeouts = self.context.timeouts
         patience = timeouts.linger_draining if self.context.draining else timeouts.linger
         self._arm(self.context.loop.time() + patience)
-        self.transport.write_eof()
+        try:
+            self.transport.write_eof()
+        except OSError:  # the client has reset the connection, and the loop has not heard of it yet
+            self.phase = _CLOSED
+            self.transport.abort()
+            return
         self._resume()
 
     def abort(self) -> None:
@@ -161,6 +166,7 @@ class Wire(asyncio.Protocol, ABC):
             (self.phase is _WAITING or self.phase is _HEAD)
             and not self.eof
             and not self.write_paused
+            and len(self.buffer) <= BYTES_MAX
             and not transport.is_closing()
             and not transport.get_write_buffer_size()
             and transport.get_extra_info("sslcontext") is None
@@ -176,7 +182,6 @@ class Wire(asyncio.Protocol, ABC):
         half = self.phase is _HEAD
         self._pause()
         self.phase = _MOVING
-        self.read_deadline = NEVER
         return Capsule(self.client, self.server, self.scheme, self.requests, left, half, self.buffer)
 
     def let_go(self) -> None:

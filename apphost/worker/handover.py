@@ -10,11 +10,13 @@ CANCEL in place of COMMIT takes the offer back.
 What holds at every moment, whoever dies:
 - a byte is parsed by exactly one worker: the sender reads nothing after MOVE unless it has the connection back, the
   receiver nothing before COMMIT;
-- at least one process holds the socket: the sender's descriptor is closed only after COMMIT was sent;
+- at least one process holds the socket: the sender's descriptor is closed only after COMMIT has left, not while it
+  waits for the receiver to read;
 - the receiver writes nothing before the sender has written everything: only a connection without unsent bytes moves.
 
 When the receiver dies before COMMIT, or does not answer, the sender still owns the connection and serves on. When the
-sender dies before COMMIT, the receiver closes what it was given. What cannot move is drained the ordinary way.
+sender dies before COMMIT, the receiver closes what it was given. What was refused is offered again, half a second
+later; what cannot move is drained the ordinary way.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -38,9 +40,29 @@ ANSWER_TIMEOUT = 5.0  # s for a successor's answer; its loop answers in millisec
 
 
 @dataclass(eq=False, slots=True)
+class _Offer:
+    connection: Connection
+    since: float  # loop time
+    size: int  # bytes of the buffer that have gone along
+
+    @property
+    def holds(self) -> bool:
+        """Whether the successor knows all there is to know: no byte has come in spite of the pause."""
+        return self.connection.phase is Phase.MOVING and len(self.connection.buffer) == self.size
+
+
+@dataclass(eq=False, slots=True)
 class _Successor:
     channel: Channel
-    in_flight: dict[int, tuple[Connection, float]] = field(default_factory=dict)  # id to connection, since when
+    in_flight: dict[int, _Offer] = field(default_factory=dict)  # not answered yet
+    prepared: deque[tuple[int, _Offer]] = field(default_factory=deque)  # answered; COMMIT must wait for the channel
+    leaving: _Offer | None = None  # its COMMIT is in the channel's queue, the last thing there
+
+    @property
+    def offers(self) -> list[_Offer]:
+        """All that are still ours, the oldest first."""
+        ours = [*(offer for _, offer in self.prepared), *self.in_flight.values()]
+        return ours if self.leaving is None else [self.leaving, *ours]
 
 
 class Sender:
@@ -52,7 +74,8 @@ class Sender:
         self._name = name
         self._on_failed = on_failed
         self._successors: deque[_Successor] = deque()
-        self._queue: deque[Connection] = deque()
+        self._queue: OrderedDict[Connection, None] = OrderedDict()  # in turn, each once
+        self._refused: set[Connection] = set()  # until the next tick
         self._next_id = 1
         self.moved = 0
 
@@ -61,6 +84,7 @@ class Sender:
         successor = _Successor(Channel(sock))
         self._successors.append(successor)
         self._loop.add_reader(successor.channel.fileno(), self._readable, successor)
+        self._pump()
 
     @property
     def able(self) -> bool:
@@ -69,16 +93,20 @@ class Sender:
 
     def offer(self, connection: Connection) -> None:
         """Move `connection` as soon as there is room, if it can be moved then."""
+        if connection.phase is Phase.CLOSED:
+            return
         connection.tell_when_flushed()
-        self._queue.append(connection)
+        self._queue[connection] = None
         self._pump()
 
     def tick(self, now: float) -> None:
-        """Give up a successor that does not answer. The worker calls this about twice a second."""
+        """Give up a successor that does not answer, offer again what was refused. About twice a second."""
         for successor in list(self._successors):
-            oldest = next(iter(successor.in_flight.values()), None)
-            if oldest is not None and now - oldest[1] > ANSWER_TIMEOUT:
+            if any(now - offer.since > ANSWER_TIMEOUT for offer in successor.offers[:1]):
                 self._lose(successor, f"did not answer for {ANSWER_TIMEOUT:.0f} s")
+        self._queue.update(dict.fromkeys(self._refused))
+        self._refused.clear()
+        self._pump()
 
     def close(self) -> None:
         for successor in self._successors:
@@ -91,7 +119,7 @@ class Sender:
 
     def _pump(self) -> None:
         while self._queue and (successor := self._free_successor()) is not None:
-            connection = self._queue.popleft()
+            connection, _ = self._queue.popitem(last=False)
             if connection.movable and not self._move(connection, successor):
                 return
 
@@ -108,22 +136,36 @@ class Sender:
         capsule = connection.pack()
         number = self._next_id
         self._next_id += 1
-        successor.in_flight[number] = (connection, self._loop.time())
         message = {"t": "move", "id": number, **capsule.to_wire()}
-        if not successor.channel.send(message, [connection.fileno()]):
+        try:
+            sent = successor.channel.send(message, [connection.fileno()])
+        except OSError as exc:  # no descriptor for the copy that travels
+            self._log.debug(f"{self._name}: a connection cannot move now: {exc.strerror}")
+            self._keep(connection)
+            return True
+        successor.in_flight[number] = _Offer(connection, self._loop.time(), len(capsule.data))
+        if not sent:
             self._lose(successor, "is gone")
             return False
         self._watch_writing(successor)
         return True
+
+    def _keep(self, connection: Connection) -> None:
+        """It stays here for now."""
+        connection.stay()
+        self._refused.add(connection)
 
     def _watch_writing(self, successor: _Successor) -> None:
         if successor.channel.blocked:
             self._loop.add_writer(successor.channel.fileno(), self._writable, successor)
 
     def _writable(self, successor: _Successor) -> None:
-        successor.channel.flush()
-        if not successor.channel.blocked:
+        if not successor.channel.flush():
+            self._lose(successor, "is gone")
+        elif not successor.channel.blocked:
             self._loop.remove_writer(successor.channel.fileno())
+            self._see_off(successor)
+            self._commit(successor)
             self._pump()
 
     def _readable(self, successor: _Successor) -> None:
@@ -142,18 +184,37 @@ class Sender:
 
     def _answer(self, successor: _Successor, message: Message) -> None:
         number = message.get("id")
-        if not isinstance(number, int) or number not in successor.in_flight:
+        if message["t"] not in ("prepared", "refused") or type(number) is not int:
             return
-        connection, _ = successor.in_flight.pop(number)
-        prepared = message["t"] == "prepared"
-        if prepared and connection.phase is Phase.MOVING and successor.channel.send({"t": "commit", "id": number}):
-            self.moved += 1
-            connection.let_go()
+        offer = successor.in_flight.pop(number, None)
+        if offer is None:
+            return
+        if message["t"] == "prepared":
+            successor.prepared.append((number, offer))
+            self._commit(successor)
         else:
-            if prepared:
+            self._keep(offer.connection)
+
+    def _commit(self, successor: _Successor) -> None:
+        """Send what is due, one at a time: whether a COMMIT has left decides whose the connection is."""
+        while successor.prepared and not successor.channel.blocked:
+            number, offer = successor.prepared.popleft()
+            if not offer.holds:
                 successor.channel.send({"t": "cancel", "id": number})
-            connection.stay()
+                self._keep(offer.connection)
+            elif not successor.channel.send({"t": "commit", "id": number}):
+                self._keep(offer.connection)  # the end of the channel will be read next
+            else:
+                successor.leaving = offer
+                self._see_off(successor)
         self._watch_writing(successor)
+
+    def _see_off(self, successor: _Successor) -> None:
+        """Let go of a connection once its COMMIT has left."""
+        if successor.leaving is not None and not successor.channel.blocked:
+            self.moved += 1
+            successor.leaving.connection.let_go()
+            successor.leaving = None
 
     def _lose(self, successor: _Successor, why: str) -> None:
         """A successor that cannot take anything any more: what it was offered stays here."""
@@ -163,16 +224,14 @@ class Sender:
         self._loop.remove_reader(successor.channel.fileno())
         self._loop.remove_writer(successor.channel.fileno())
         successor.channel.close()
-        staying = [connection for connection, _ in successor.in_flight.values()]
-        successor.in_flight.clear()
+        staying = [offer.connection for offer in successor.offers]
         if staying:
             self._log.warning(f"{self._name}: a successor {why}; {len(staying)} connections stay here for now")
         if not self._successors:
             self._on_failed()
         for connection in staying:
             connection.stay()
-            if self._successors:
-                self._queue.append(connection)
+            self._queue[connection] = None
         self._pump()
 
 
@@ -221,8 +280,13 @@ class Receiver:
             if message["t"] == "commit":
                 self._commit(message)
             elif message["t"] == "cancel":
-                prepared = self._prepared.pop(message.get("id", 0), None)
+                prepared = self._take(message)
                 _close_all([prepared[0]] if prepared is not None else [])
+
+    def _take(self, message: Message) -> tuple[int, Capsule] | None:
+        """What was prepared under the number that `message` names."""
+        number = message.get("id")
+        return self._prepared.pop(number, None) if type(number) is int else None
 
     def _prepare(self, message: Message, fds: list[int]) -> None:
         number = message.get("id")
@@ -231,7 +295,7 @@ class Receiver:
             capsule = Capsule.from_wire(message)
         except CapsuleError as exc:
             why = f"not understood: {exc}"
-        if len(fds) != 1 or not isinstance(number, int) or number in self._prepared:
+        if len(fds) != 1 or type(number) is not int or number in self._prepared:
             why = why or "one descriptor and a new number are needed"
         if not why and not self._has_room():
             why = "no room"
@@ -254,14 +318,18 @@ class Receiver:
             self._loop.remove_writer(self._channel.fileno())
 
     def _commit(self, message: Message) -> None:
-        prepared = self._prepared.pop(message.get("id", 0), None)
+        prepared = self._take(message)
         if prepared is not None:
             task = self._loop.create_task(self._open(*prepared))
             self.opening.add(task)
             task.add_done_callback(self.opening.discard)
 
     async def _open(self, fd: int, capsule: Capsule) -> None:
-        sock = socket.socket(fileno=fd)
+        try:
+            sock = socket.socket(fileno=fd)
+        except OSError:  # it is no socket
+            os.close(fd)
+            return
         sock.setblocking(False)
         try:
             await self._loop.connect_accepted_socket(lambda: Connection(self._context, capsule), sock)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import itertools
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -48,13 +50,28 @@ def _import(module_name: str, target: str) -> Any:
     except ModuleNotFoundError as exc:
         if exc.name is not None and (module_name == exc.name or module_name.startswith(exc.name + ".")):
             raise ApplicationError(
-                f"there is no module {exc.name!r} for the application {target!r}. It was looked for in: "
-                f"{', '.join(path or '.' for path in sys.path[:3])} and the installed packages. "
+                f"there is no module {exc.name!r} for the application {target!r}.{_nearest_module(exc.name)} It was "
+                f"looked for in: {', '.join(_own_path())} and the installed packages. "
                 "Is the name right, and the directory (--chdir, --pythonpath)?"
             ) from None
         raise _failed_import(exc, target) from None
     except BaseException as exc:
         raise _failed_import(exc, target) from None
+
+
+def _own_path() -> list[str]:
+    """What comes before Python's own part of `sys.path`: where the user's modules are."""
+    standard = f"python{sys.version_info[0]}{sys.version_info[1]}.zip"
+    return [path or "." for path in itertools.takewhile(lambda path: os.path.basename(path) != standard, sys.path)]
+
+
+def _nearest_module(name: str) -> str:
+    import pkgutil
+
+    parent, _, last = name.rpartition(".")
+    # The parent of a missing module was imported, or it would be what is missing.
+    where = getattr(sys.modules.get(parent), "__path__", []) if parent else _own_path()
+    return nearest(last, (module.name for module in pkgutil.iter_modules(where)))
 
 
 def _failed_import(exc: BaseException, target: str) -> ApplicationError:

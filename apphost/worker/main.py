@@ -14,28 +14,30 @@ from typing import Any
 
 from apphost.errors import ApphostError, ExitCode, user_traceback
 from apphost.logs import Log
-from apphost.messages import Channel
+from apphost.messages import DUMP_SIGNAL, Channel
 from apphost.settings import Settings
 from apphost.worker.loading import choose_loop, choose_parser, detect_interface, load_application, modern_asgi
 from apphost.worker.server import Server
 
 DETAIL_MAX = 65536  # characters of a traceback that travel to the arbiter: a recursion error's is longer than useful
 
-# Asked for by the arbiter when the worker does not answer any more: see `_prepare_dump`.
-DUMP_SIGNAL = signal.SIGUSR2
 # These belong to the arbiter; a terminal or a container runtime may send them to everybody.
 _NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGTTIN, signal.SIGTTOU, signal.SIGQUIT)
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What a worker is told at its fork. `dump` is the descriptor of the file for its last words."""
+    """What a worker is told at its fork.
+
+    dump: the descriptor of the file for its last words. app: the application, if the fork server has imported it.
+    """
 
     wid: int
     generation: int
     settings: Settings
     listeners: list[socket.socket]
     dump: int
+    app: Any = None
 
     @property
     def name(self) -> str:
@@ -67,7 +69,7 @@ def _run(assignment: Assignment, channel: Channel, log: Log, server: list[Server
     loop_name, loop = choose_loop(settings.loop)
     asyncio.set_event_loop(loop)  # applications look for one while they are imported
     parser_name, parser = choose_parser(settings.http)
-    app, interface = _load(settings)
+    app, interface = _load(assignment)
     server.append(Server(assignment, channel, log, loop, parser))
     names = {"interface": interface, "parser": parser_name, "loop": loop_name}
     try:
@@ -77,9 +79,12 @@ def _run(assignment: Assignment, channel: Channel, log: Log, server: list[Server
     return ExitCode.OK
 
 
-def _load(settings: Settings) -> tuple[Any, str]:
+def _load(assignment: Assignment) -> tuple[Any, str]:
     """The application and the name of its interface."""
-    app = load_application(settings.app, settings.factory)
+    settings = assignment.settings
+    app = assignment.app
+    if not settings.preload:
+        app = load_application(settings.app, settings.factory)
     interface = settings.interface
     if interface == "auto":
         interface = detect_interface(app)

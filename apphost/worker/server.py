@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import random
 import signal
 import socket
 import time
@@ -24,6 +23,8 @@ from apphost.protocols.strict import Limits
 from apphost.worker.acceptor import Acceptor
 from apphost.worker.handover import Receiver, Sender
 from apphost.worker.loading import load_plugin
+from apphost.worker.probe import probe
+from apphost.worker.recycling import Recycling
 
 if TYPE_CHECKING:
     from apphost.worker.main import Assignment
@@ -54,7 +55,7 @@ class Server:
         self.receivers: set[Receiver] = set()  # from workers that drain
         self.drained = asyncio.Event()
         self._tick_handle: asyncio.TimerHandle | None = None
-        self._replace_at = _requests_until_replaced(self.settings)
+        self._recycling = Recycling(self.settings, loop.time())
 
     def _make_context(self, parser: HeadParser) -> Context:
         settings = self.settings
@@ -89,6 +90,8 @@ class Server:
         self.loop.add_signal_handler(signal.SIGTERM, self._stray_term)
         self._open_access_log()
         lifespan = await self._start_application(app, interface)
+        if self.settings.ready_probe and self.state is State.BOOTING:
+            await probe(self.loop, self.context, self.settings.ready_probe)
         if self.state is State.BOOTING:
             self._begin_serving()
             self.channel.send({"t": "ready", "seconds": time.monotonic() - started, **names})
@@ -133,8 +136,8 @@ class Server:
         gc.freeze()
         context = self.context
         context.on_closed = self._connection_closed
-        context.requests_wanted = self._replace_at
-        context.on_enough = self._served_enough
+        context.requests_wanted = self._recycling.requests
+        context.on_enough = self._ask_for_successor
         for listener in self.assignment.listeners:
             acceptor = Acceptor(self.loop, listener, context, self.log, self._has_room)
             self.acceptors.append(acceptor)
@@ -179,8 +182,10 @@ class Server:
             for acceptor in self.acceptors:
                 acceptor.start()
 
-    def _served_enough(self) -> None:
-        self.channel.send({"t": "replace", "why": f"max_requests: {self._replace_at} requests served"})
+    def _ask_for_successor(self) -> None:
+        why = self._recycling.due(self.context.requests, self.loop.time())
+        if why:
+            self.channel.send({"t": "replace", "why": why})
 
     def _tick(self) -> None:
         now = self.loop.time()
@@ -188,11 +193,13 @@ class Server:
         self.context.tick(now)
         context = self.context
         figures = {"requests": context.requests, "connections": len(context.connections), "active": len(context.active)}
-        self.channel.send({"t": "beat", **figures})
+        self.channel.send({"t": "beat", "errors": context.errors, **figures})
         if self.state is State.DRAINING:
             if self.sender is not None:
                 self.sender.tick(now)
             self._check_drained()
+        else:
+            self._ask_for_successor()
 
     def describe_requests(self) -> list[str]:
         """The requests in progress, a few words each. Also called by a signal handler, so it only reads."""
@@ -247,7 +254,7 @@ class Server:
             self._move(State.DRAINING)
             self.context.draining = True
             for acceptor in self.acceptors:
-                acceptor.stop(take_rest=stopping)
+                acceptor.stop(take_rest=not successors)
         if successors and not stopping and self.sender is None:
             self._move_connections(successors)
         elif stopping or self.sender is None:
@@ -287,10 +294,3 @@ class Server:
         busy = self.pool is not None and self.pool.busy
         if not self.context.connections and not self.context.active and not opening and not busy:
             self.drained.set()
-
-
-def _requests_until_replaced(settings: Any) -> int:
-    """After how many requests the worker asks for a successor; -1: never."""
-    if not settings.max_requests:
-        return -1
-    return int(settings.max_requests + random.randint(0, settings.max_requests_jitter))  # noqa: S311

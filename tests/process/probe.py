@@ -1,6 +1,6 @@
 """An ASGI application that does what its client tells it to.
 
-The query of `/script` is a pair, the literal of a key and of a list of steps: `("k1", [("send", {...}), ("receive",)])`.
+The query of `/script` is the literal of a pair, a key and a list of steps: `("k1", [("send", {...}), ("receive",)])`.
 What the steps have to say is kept under the key for `/records?k1`. Every other path answers with its scope.
 """
 
@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 records: dict[str, list[Any]] = {}
 flags: dict[str, asyncio.Event] = collections.defaultdict(asyncio.Event)
+tasks: set[asyncio.Future[Any]] = set()
 lifespans: list[dict[str, Any]] = []
 
 
@@ -161,6 +162,11 @@ class Run:
         except asyncio.CancelledError:
             self.record.append("cancelled")
 
+    async def aside(self, steps: Any) -> None:
+        """The steps in a task that nobody waits for."""
+        tasks.add(task := asyncio.ensure_future(self.run(steps)))
+        task.add_done_callback(tasks.discard)
+
     async def together(self, steps: Any) -> None:
         """Each step in a task of its own."""
         await asyncio.gather(*(asyncio.ensure_future(self.step(*step)) for step in steps))
@@ -172,20 +178,20 @@ class Run:
             await self._send({"type": "http.response.body", "body": bytes(piece), "more_body": True})
             self.record[-1] += piece
 
-    async def flood(self) -> None:
+    async def flood(self, size: int = 1024) -> None:
         """Body until `send` raises."""
         while True:
-            await self._send({"type": "http.response.body", "body": b"x" * 1024, "more_body": True})
+            await self._send({"type": "http.response.body", "body": bytes(size), "more_body": True})
             await asyncio.sleep(0)
 
-    async def flood_noted(self) -> None:
+    async def flood_noted(self, size: int) -> None:
         try:
-            await self.flood()
+            await self.flood(size)
         except Exception as exc:
             self.record.append([kind.__name__ for kind in type(exc).__mro__])
 
 
-class legacy:  # noqa: N801 - the older form of an application: a class that is called twice
+class legacy:
     def __init__(self, scope: Any) -> None:
         self.scope = scope
 

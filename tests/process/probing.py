@@ -25,6 +25,12 @@ def body(data: Any = b"", more: bool = False) -> dict[str, Any]:
 
 
 ANSWER: tuple[tuple[str, Any], ...] = (("send", start()), ("send", body(b"answer")))
+STREAM: tuple[tuple[str, Any], ...] = (
+    ("send", start()),
+    ("send", body(b"one", True)),
+    ("send", body(b"two", True)),
+    ("send", body(b"three")),
+)
 
 
 @dataclass(frozen=True)
@@ -85,9 +91,10 @@ class Probe:
     def set(self, flag: str) -> None:
         self.request(f"/set?{flag}")
 
-    def complaints(self, mark: int) -> list[str]:
-        """Warnings and errors in the log since `mark`."""
-        return [line for line in self.server.lines(mark) if re.search(r"\] (warning|error) ", line)]
+    def complaints(self, about: Script) -> list[str]:
+        """Warnings and errors in the log that name the request."""
+        name = quote(repr(about.key))
+        return [line for line in self.server.lines() if name in line and re.search(r"\] (warning|error) ", line)]
 
 
 def parsed(response: Response) -> Any:

@@ -1,8 +1,7 @@
-"""HTTP/1.1 on the wire: S (the response) and P9 to P14 (the connection), on every parser and event loop."""
+"""What an application sends, on the wire: S1 to S11 and S15 to S18, on every parser and event loop."""
 
 from __future__ import annotations
 
-import contextlib
 import re
 import socket
 from collections.abc import Callable
@@ -13,8 +12,8 @@ import httpx
 import pytest
 
 from tests.process.conftest import PROBE
-from tests.process.probing import ANSWER, Probe, Script, body, parsed, script, start
-from tests.support import RawClient, Server, raw, request_bytes
+from tests.process.probing import ANSWER, STREAM, Probe, Script, body, parsed, script, start
+from tests.support import Server, raw, request_bytes
 
 MIB = 2**20
 DATE_AND_SERVER = {b"date", b"server"}
@@ -55,7 +54,7 @@ def test_s2_each_piece_reaches_the_client_at_once(probe: Probe) -> None:
         assert next(lines) == "data: 1"
         probe.set(flag)
         assert [next(lines), next(lines)] == ["", "data: 2"]
-    assert probe.ended(it) == [{"type": "http.disconnect"}]
+    assert probe.ended(it)[-1] == {"type": "http.disconnect"}
 
 
 def test_s2_an_empty_piece_sends_the_head(probe: Probe) -> None:
@@ -81,9 +80,7 @@ def test_s3_order_and_duplicates_of_headers(probe: Probe) -> None:
 @pytest.mark.parametrize("coding", [b"chunked", b"identity", b"gzip", b"gzip, chunked"])
 @pytest.mark.parametrize("name", [b"transfer-encoding", b"Transfer-Encoding"])
 @pytest.mark.parametrize("more", [True, False])
-def test_s4_the_applications_transfer_encoding_is_ignored(
-    probe: Probe, coding: bytes, name: bytes, more: bool
-) -> None:
+def test_s4_the_applications_transfer_encoding_is_ignored(probe: Probe, coding: bytes, name: bytes, more: bool) -> None:
     """S4: framing is the server's; data that looks like chunks is data."""
     data = b"5\r\nhello\r\n0\r\n\r\n"
     last = [("send", body(b""))] if more else []
@@ -97,9 +94,6 @@ def test_s4_the_applications_transfer_encoding_is_ignored(
         head, _, rest = wire(probe, it, version="1.0").partition(b"\r\n\r\n")
         assert rest == data
         assert b"transfer-encoding" not in head.lower()
-
-
-STREAM = (("send", start()), ("send", body(b"one", True)), ("send", body(b"two", True)), ("send", body(b"three")))
 
 
 def test_s5_a_body_of_unknown_length_is_chunked(probe: Probe) -> None:
@@ -233,7 +227,8 @@ SPLITTING = [
     *[(b"x-a", b"1" + bad + b"2") for bad in (b"\r\n", b"\n", b"\r", b"\0", b"\r\n ", b"\r\n\r\n<evil>")],
     *[(b"x-a", bad) for bad in (b"\r", b"\n", b"\0")],
     *[(bad, b"1") for bad in (b"", b":x", b"x:", b"x-a\r", b"x-a\n", EVIL, b"x a", b" x", b"x\0", b"x\xff", b"x\t")],
-    *[(name, EVIL) for name in (b"connection", b"date", b"server", b"content-length", b"location")],
+    *[(b"connection", b"close" + bad) for bad in (b"\r", b"\n", b"\0")],
+    *[(name, EVIL) for name in (b"connection", b"transfer-encoding", b"content-length", b"date", b"server")],
     *[(b"content-length", bad) for bad in (b"", b"-1", b"+1", b"1, 1", b"0x1", b"1 1", b"1\r\n")],
 ]
 
@@ -243,22 +238,13 @@ def test_s10_response_splitting(probe: Probe, header: tuple[bytes, bytes]) -> No
     """S10: the exception goes to the application, and the client gets a 500 with nothing of it."""
     it = script(("attempt", start(200, [(b"x-good", b"1"), header])))
     answer = wire(probe, it)
-    if header == (b"content-length", b"1\r\n"):  # white space around a number is none of its characters
-        assert b"1\r\n\r\n" not in answer.partition(b"\r\n")[2].partition(b"\r\n\r\n")[0]
     assert answer.startswith(b"HTTP/1.1 500 ")
     assert b"evil" not in answer.lower()
     assert b"x-good" not in answer
     assert probe.ended(it)[0][0] == "ValueError"
 
 
-def test_s10_a_transfer_encoding_is_dropped_whatever_is_in_it(probe: Probe) -> None:
-    """S10 S4"""
-    answer = wire(probe, script(("send", start(200, [(b"transfer-encoding", EVIL)])), ("send", body(b"answer"))))
-    assert answer.startswith(b"HTTP/1.1 200 ")
-    assert b"Evil" not in answer
-
-
-def test_s11_date_and_server(probe: Probe, serve: Callable[..., Server]) -> None:
+def test_s11_date_and_server(probe: Probe) -> None:
     """S11: added, unless the application gave its own."""
     response = probe.request(script(*ANSWER))
     date = response.header(b"date")
@@ -281,125 +267,6 @@ def test_s11_date_and_server_can_be_switched_off(serve: Callable[..., Server]) -
         assert not DATE_AND_SERVER & {name for name, _ in answer.headers}
 
 
-@pytest.mark.parametrize(
-    ("version", "connection", "announced"),
-    [
-        ("1.1", None, None),
-        ("1.1", "keep-alive", None),
-        ("1.1", "close", b"close"),
-        ("1.1", "x, Close ,y", b"close"),
-        ("1.1", "closed", None),
-        ("1.0", None, b"close"),
-        ("1.0", "close", b"close"),
-        ("1.0", "Keep-Alive", b"keep-alive"),
-        ("1.0", "keep-alive, close", b"close"),
-    ],
-)
-def test_s12_s13_what_the_client_wishes(
-    probe: Probe, version: str, connection: str | None, announced: bytes | None
-) -> None:
-    """S12 S13: said in the response, and done; what follows a last request is not served."""
-    field = f"Connection: {connection}\r\n" if connection else ""
-    request = f"GET {{}} HTTP/{version}\r\nHost: a\r\n{field}\r\n"
-    with probe.client() as client:
-        for _ in range(2):
-            client.send(request.format(script(*ANSWER).target).encode() + request.format("/second").encode())
-            response = client.read_response()
-            assert (response.body, response.header(b"connection")) == (b"answer", announced)
-            if announced == b"close":
-                assert client.eof()
-                break
-            assert parsed(client.read_response())["path"] == "/second"
-
-
-@pytest.mark.parametrize("value", [b"close", b"Close", b"keep-alive, close"])
-def test_s12_the_application_may_end_the_connection(probe: Probe, value: bytes) -> None:
-    """S12"""
-    with probe.client() as client:
-        response = client.request("GET", script(("send", start(200, [(b"connection", value)])), ANSWER[1]).target)
-        assert response.header(b"connection") == b"close"
-        assert client.eof()
-
-
-def test_s12_a_draining_worker_announces_the_end(http_parser: str, serve: Callable[..., Server]) -> None:
-    """S12: the request in progress is answered in full."""
-    probe = Probe(serve(PROBE, "--http", http_parser))
-    with probe.client() as client:
-        it = script(("receive",), ("body",), *ANSWER)
-        client.send(request_bytes("POST", it.target, [("Content-Length", "8")]) + b"half")
-        probe.noted(it)
-        probe.server.reload()
-        client.send(b"full")
-        response = client.read_response()
-        assert (response.body, response.header(b"connection")) == (b"answer", b"close")
-        assert client.eof()
-
-
-def test_s12_max_requests_announces_the_end(http_parser: str, serve: Callable[..., Server]) -> None:
-    """S12: no connection ends without a word."""
-    probe = Probe(serve(PROBE, "--http", http_parser, "--max-requests", "5"))
-    with probe.client() as client:
-        connection, count = None, 0
-        while connection is None:
-            connection = client.request("GET", "/").header(b"connection")
-            count += 1
-        assert connection == b"close"
-        assert count > 5
-        assert client.eof()
-
-
-def test_s13_many_requests_on_one_connection(probe: Probe) -> None:
-    """S13: with bodies of every framing between them."""
-    with probe.client() as client:
-        peer = client.sock.getsockname()
-        for number in range(30):
-            scope = parsed(client.request("GET", f"/{number}"))
-            assert (scope["path"], scope["client"]) == (f"/{number}", peer)
-            it = script(("body",), *(ANSWER, STREAM)[number % 2])
-            response = client.request("POST", it.target, data := [("X-N", str(number))], b"data" * number)
-            assert data
-            assert response.body in (b"answer", b"onetwothree")
-
-
-def test_s14_pipelined_requests(probe: Probe) -> None:
-    """S14: answered in their order, one at a time, even when an earlier one takes longer."""
-    slow = script(("note", "slow begins"), ("sleep", 0.1), ("note", "slow ends"), *ANSWER)
-    noting = f"/records?{slow.key}"
-    with probe.client() as client:
-        client.send(
-            request_bytes("GET", slow.target)
-            + request_bytes("POST", script(("body",), *STREAM).target, body=b"data")
-            + request_bytes("GET", noting)
-        )
-        bodies = [client.read_response().body for _ in range(3)]
-    assert bodies == [b"answer", b"onetwothree", b"['slow begins', 'slow ends', 'end']"]
-
-
-@pytest.mark.parametrize("bad", [b"nonsense\r\n\r\n", b"GET /x HTTP/1.1\r\n\r\n", b"POST / HTTP/1.1\r\nHost : a\r\n\r\n"])
-def test_s14_an_error_does_not_lose_earlier_answers(probe: Probe, bad: bytes) -> None:
-    """S14 P10: and nothing after it is served."""
-    slow = request_bytes("GET", script(("sleep", 0.05), *STREAM).target)
-    with probe.client() as client:
-        client.send(slow + request_bytes("GET", "/second") + bad + request_bytes("GET", "/not-served"))
-        assert client.read_response().body == b"onetwothree"
-        assert parsed(client.read_response())["path"] == "/second"
-        assert client.read_response().status == 400
-        assert client.eof()
-
-
-def test_s14_a_failing_application_does_not_lose_earlier_answers(probe: Probe) -> None:
-    """S14 A6"""
-    with probe.client() as client:
-        client.send(
-            request_bytes("GET", "/first")
-            + request_bytes("GET", script(("sleep", 0.05), ("raises", "ValueError")).target)
-            + request_bytes("GET", "/not-served")
-        )
-        assert parsed(client.read_response())["path"] == "/first"
-        assert client.read_response().status == 500
-        assert client.eof()
-
-
 def test_s15_events_out_of_order(probe: Probe) -> None:
     """S15: each raises, and puts nothing on the wire; before, within and after a response."""
     flag = f"s15-{probe.port}"
@@ -417,10 +284,11 @@ def test_s15_events_out_of_order(probe: Probe) -> None:
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_s16_sending_to_a_client_that_has_gone(probe: Probe, reset: bool) -> None:
+@pytest.mark.parametrize("size", [100, 100000])
+def test_s16_sending_to_a_client_that_has_gone(probe: Probe, reset: bool, size: int) -> None:
     """S16: raises an OSError, every time."""
     late = ("attempt", body(b"late", True))
-    it = script(("send", start()), ("send", body(b"first", True)), ("flood_noted",), late, ("attempt", body()))
+    it = script(("send", start()), ("send", body(b"first", True)), ("flood_noted", size), late, ("attempt", body()))
     with probe.client() as client:
         client.send(request_bytes("GET", it.target))
         client.read_head()
@@ -470,134 +338,3 @@ def test_s18_work_after_the_response(probe: Probe) -> None:
         assert parsed(client.request("GET", f"/records?{it.key}")) == []
         assert client.request("GET", f"/set?{flag}").body == b"set"
     assert probe.ended(it) == []
-
-
-# -- P: the connection
-
-
-@pytest.mark.parametrize("lines", [1, 2, 20])
-def test_p9_leading_empty_lines_are_tolerated(probe: Probe, lines: int) -> None:
-    """P9: before the first request, between requests, and after the last."""
-    crlf = b"\r\n" * lines
-    request = crlf + request_bytes("GET", "/")
-    with probe.client() as client:
-        client.send(request + request + crlf)
-        for _ in range(2):
-            assert parsed(client.read_response())["path"] == "/"
-        for byte in request:
-            client.send(bytes([byte]))
-        assert parsed(client.read_response())["path"] == "/"
-
-
-REFUSED = [
-    (400, b"<script>alert(1)</script>\r\n\r\n"),
-    (400, b"GET /<script> HTTP/1.1\r\n\r\n"),
-    (400, b"GET / HTTP/1.1\r\nHost: <script>\r\n\r\n"),
-    (400, b"GET / HTTP/1.1\r\nHost: a\r\n<script>: b\r\n\r\n"),
-    (400, b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: <script>\r\n\r\n"),
-    (400, b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n<script>\r\n"),
-    (417, b"POST / HTTP/1.1\r\nHost: a\r\nExpect: <script>\r\n\r\n"),
-    (413, b"POST / HTTP/1.1\r\nHost: a\r\nX: <script>\r\nContent-Length: 1000000000\r\n\r\n"),
-    (414, b"GET /<script>" + b"x" * 8200 + b" HTTP/1.1\r\nHost: a\r\n\r\n"),
-    (431, b"GET / HTTP/1.1\r\nHost: a\r\nX: <script>" + b"x" * 8200 + b"\r\n\r\n"),
-    (431, b"GET / HTTP/1.1\r\nHost: a\r\n" + b"X: <script>\r\n" * 100 + b"\r\n"),
-    (501, b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: <script>\r\n\r\n"),
-    (505, b"GET /<script> HTTP/1.2\r\nHost: a\r\n\r\n"),
-]
-
-
-@pytest.mark.parametrize(("status", "request_"), REFUSED)
-def test_p10_a_refusal_ends_the_connection_and_echoes_nothing(probe: Probe, status: int, request_: bytes) -> None:
-    """P10 S12: nothing after it is taken for a request."""
-    with probe.client() as client:
-        client.send(request_ + request_bytes("GET", "/not-served"))
-        response = client.read_response()
-        assert (response.status, response.header(b"connection")) == (status, b"close")
-        assert b"script" not in response.body
-        assert response.body.startswith(b"%d " % status)
-        assert client.eof()
-
-
-@pytest.mark.parametrize("steps", [ANSWER, STREAM])
-def test_p11_a_half_closed_client_gets_the_whole_answer(probe: Probe, steps: Any) -> None:
-    """P11 R4: the application is told, and may answer all the same."""
-    it = script(("until", "http.disconnect"), *steps)
-    answer = raw(probe.port, request_bytes("GET", it.target), half_close=True)
-    assert answer.startswith(b"HTTP/1.1 200 ")
-    assert answer.endswith(b"answer" if steps is ANSWER else b"5\r\nthree\r\n0\r\n\r\n")
-    assert probe.ended(it)[-1] == {"type": "http.disconnect"}
-
-
-def test_p11_all_pipelined_requests_of_a_half_closed_client_are_answered(probe: Probe) -> None:
-    """P11 S14: each of them is told."""
-    requests = [request_bytes("POST", script(("body",), ("receive",), *ANSWER).target, body=b"data") for _ in range(3)]
-    answer = raw(probe.port, b"".join(requests), half_close=True)
-    assert answer.count(b"\r\n\r\nanswer") == 3
-
-
-@pytest.mark.parametrize("end", [b"", b"\r\n", b"GET / HT", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nda"])
-def test_p11_a_half_closed_client_leaves_nothing_waiting(probe: Probe, end: bytes) -> None:
-    """P11: whatever is left over after its last request, the connection ends with the answer to that."""
-    slow = request_bytes("GET", script(("sleep", 0.05), *ANSWER).target)
-    answer = raw(probe.port, slow + end, half_close=True, timeout=5)
-    assert answer.endswith(b"\r\n\r\nanswer")
-
-
-@pytest.mark.parametrize(
-    ("status", "head", "unsent"),
-    [
-        (413, b"Content-Length: 1000000000\r\n\r\n", bytes(4 * MIB)),
-        (400, b"Content-Length: 12, 12\r\n\r\n", bytes(4 * MIB)),
-        (400, b"Transfer-Encoding: chunked\r\n\r\nnonsense\r\n", bytes(4 * MIB)),
-    ],
-)
-def test_p12_an_early_refusal_is_not_lost_to_a_reset(probe: Probe, status: int, head: bytes, unsent: bytes) -> None:
-    """P12: though the client goes on sending before it looks."""
-    with probe.client() as client:
-        client.send(b"POST /receive HTTP/1.1\r\nHost: a\r\n" + head)
-        client.send(unsent)
-        client.sock.shutdown(socket.SHUT_WR)
-        assert client.read_response().status == status
-        assert client.eof()
-
-
-def test_p12_lingering_is_not_for_ever(probe: Probe) -> None:
-    """P12: a client that sends on and on is cut off."""
-    with probe.client() as client:
-        client.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000000\r\n\r\n")
-        assert client.read_response().status == 413
-        assert client.eof()
-        client.sock.settimeout(0.1)
-        with pytest.raises((ConnectionResetError, BrokenPipeError)):  # noqa: PT012
-            while True:
-                with contextlib.suppress(TimeoutError):
-                    client.sock.recv(1)
-                client.send(b"x")
-
-
-@pytest.mark.parametrize("target", ["a:443", "/", "http://a/", "*"])
-def test_p13_connect_is_refused(probe: Probe, target: str) -> None:
-    """P13: and no tunnel is opened."""
-    request = f"CONNECT {target} HTTP/1.1\r\nHost: a:443\r\n\r\n".encode()
-    answer = raw(probe.port, request + request_bytes("GET", "/not-served"))
-    assert answer.startswith(b"HTTP/1.1 501 ")
-    assert answer.count(b"HTTP/1.1") == 1
-
-
-@pytest.mark.parametrize("upgrade", ["h2c", "TLS/1.0", "novelty", "h2c, novelty", "HTTP/2.0"])
-@pytest.mark.parametrize("connection", ["Upgrade", "Upgrade, HTTP2-Settings", "upgrade, keep-alive"])
-@pytest.mark.parametrize("data", [b"", b"data"])
-def test_p14_an_unknown_upgrade_is_ignored(probe: Probe, upgrade: str, connection: str, data: bytes) -> None:
-    """P14: an ordinary request, with its body, on a connection that goes on."""
-    headers = [("Connection", connection), ("Upgrade", upgrade), ("HTTP2-Settings", "AAMAAABkAAQCAAAAAAIAAAAA")]
-    it = script(("body",), *ANSWER)
-    with probe.client() as client:
-        response = client.request("POST", it.target, headers, data)
-        assert (response.body, response.interim, response.header(b"upgrade")) == (b"answer", [], None)
-        assert parsed(client.request("GET", "/"))["path"] == "/"
-    assert probe.ended(it) == [(len(data), data)]
-
-
-def test_p14_http2_by_prior_knowledge_is_refused(probe: Probe) -> None:
-    """P14 P7"""
-    assert raw(probe.port, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").startswith((b"HTTP/1.1 505 ", b"HTTP/1.1 400 "))

@@ -45,15 +45,15 @@ def key() -> str:
     return f"k{next(_numbers)}k"
 
 
-def target(path: str, **query: object) -> str:
+def target(path: str, /, **query: object) -> str:
     return f"{path}?{urlencode({name: str(value) for name, value in query.items()})}"
 
 
-def get(client: RawClient, path: str, **query: object) -> Response:
+def get(client: RawClient, path: str, /, **query: object) -> Response:
     return client.request("GET", target(path, **query))
 
 
-def ask(server: Server, path: str, **query: object) -> object:
+def ask(server: Server, path: str, /, **query: object) -> object:
     """On a connection of its own: what the probe answers as JSON."""
     with RawClient(server.port) as other:
         answer = get(other, path, **query)

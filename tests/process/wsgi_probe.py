@@ -447,7 +447,7 @@ def file(environ: Environ, start_response: StartResponse, query: dict[str, str])
 
 
 def file_closed(environ: Environ, start_response: StartResponse, query: dict[str, str]) -> list[bytes]:
-    return answer(start_response, opened_files[query["key"]].closed)
+    return answer(start_response, query["key"] in opened_files and opened_files[query["key"]].closed)
 
 
 # ------------------------------------------------------------------------------------------------------------ threads

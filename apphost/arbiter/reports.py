@@ -1,0 +1,83 @@
+"""What the arbiter says about its processes: the words, and how loud. Pure."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any, NamedTuple
+
+from apphost.arbiter.processes import Failure, WorkerProcess
+from apphost.arbiter.vocabulary import Reason
+from apphost.errors import ExitCode
+from apphost.settings import Settings
+
+
+class Report(NamedTuple):
+    level: str
+    message: str
+    detail: str = ""
+
+
+def who(worker: WorkerProcess) -> dict[str, Any]:
+    """A worker for the machine-readable log."""
+    return {"worker": worker.wid, "generation": worker.generation, "worker_pid": worker.pid}
+
+
+def describe_exit(status: int | None) -> str:
+    """`exit 0`, `died of SIGKILL`, or what can be said when nobody told."""
+    if status is None:
+        return "ended without a status"
+    if status >= 0:
+        return f"exit {status}"
+    try:
+        return f"died of {signal.Signals(-status).name}"
+    except ValueError:
+        return f"died of signal {-status}"
+
+
+def boot_failure(worker: WorkerProcess, status: int | None, last_words: str) -> Failure | None:
+    """Why a worker never became ready; None when it did, or was told to go."""
+    if worker.ready_at is not None or worker.expected:
+        return None
+    how = describe_exit(status)
+    return worker.failure or Failure(f"its process ended early ({how})", last_words, ExitCode.APPLICATION)
+
+
+def end_of_worker(worker: WorkerProcess, status: int | None, last_words: str, age: float) -> Report:
+    how = describe_exit(status)
+    failure = boot_failure(worker, status, last_words)
+    if failure is not None:
+        return Report("error", f"{worker.name} could not boot: {failure.message}", failure.detail or last_words)
+    if worker.expected and not last_words:
+        return Report("info", f"{worker.name} gone: {how} after {age:.1f} s, {worker.requests} requests")
+    why = f" ({worker.failure.message})" if worker.failure else ""
+    lost = "; the requests that it had in progress are lost" if worker.ready_at is not None else ""
+    detail = last_words or (worker.failure.detail if worker.failure else "")
+    return Report("error", f"{worker.name} gone: {how}{why} after {age:.1f} s{lost}", detail)
+
+
+def stuck(reason: Reason, settings: Settings) -> str:
+    """What it means that a worker hangs."""
+    if reason is Reason.BOOT_TIMEOUT:
+        return (
+            f"it was not ready within boot_timeout, {settings.boot_timeout:g} s: the application hangs while it is "
+            "imported or started"
+        )
+    return f"its event loop did not answer for timeout, {settings.timeout:g} s: code of the application blocks it"
+
+
+def complete(generation: int, settings: Settings, size: int, seconds: float) -> Report:
+    workers = f"{size} worker{'s' if size != 1 else ''}"
+    return Report(
+        "info",
+        f"generation {generation} is serving {settings.app} with {workers}, {seconds:.2f} s after it was asked for",
+    )
+
+
+def given_up(generation: int, keeping: int, failure: Failure | None) -> Report:
+    why = failure.message if failure else "it could not boot"
+    what_now = (
+        f"Generation {keeping} keeps serving; mend the new code or settings and reload again"
+        if keeping
+        else "The reload that was asked for meanwhile is tried"
+    )
+    return Report("error", f"generation {generation} given up: {why}. {what_now}")

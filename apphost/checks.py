@@ -1,0 +1,48 @@
+"""What single settings may be: clean-up and checks of values. Pure; each raises `ValueError` with what is expected.
+
+Imports of other modules are delayed, so that whoever only reads settings does not pay for them.
+"""
+
+from __future__ import annotations
+
+import re
+
+
+def usable_cpus() -> int:
+    from apphost.cpu import usable_cpus
+
+    return min(usable_cpus(), 1024)
+
+
+def clean_app(app: str) -> str:
+    """`module`, `module:attribute` or `module:factory()`; attribute may be dotted. Syntax only, nothing is imported."""
+    module, colon, attribute = app.removesuffix("()").partition(":")
+    names = module.split(".") + (attribute.split(".") if colon else [])
+    if all(name.isidentifier() for name in names) or not app:
+        return app
+    hint = ": name the module instead of its file, as in an import" if "/" in app or app.endswith(".py") else ""
+    raise ValueError(f"expected module:attribute, such as myproject.wsgi:application{hint}")
+
+
+def clean_bind(addresses: tuple[str, ...]) -> tuple[str, ...]:
+    from apphost.sockets import parse_bind
+
+    if not addresses:
+        raise ValueError("expected at least one address")
+    for number, address in enumerate(addresses):
+        parse_bind(address)
+        if address in addresses[:number]:
+            raise ValueError(f"{address!r} is given twice")
+    return addresses
+
+
+def clean_root_path(path: str) -> str:
+    if path and not path.startswith("/"):
+        raise ValueError("expected a path that starts with '/'")
+    return path.rstrip("/")
+
+
+def clean_probe(path: str) -> str:
+    if path and not re.fullmatch(r"/[!-~]*", path):
+        raise ValueError("expected a path that starts with '/', in ASCII")
+    return path

@@ -1,0 +1,218 @@
+"""The time-outs of a connection, phase by phase: R7 R8 R9 P9 P10 P12 S13 S16."""
+
+from __future__ import annotations
+
+import pytest
+
+from apphost.protocols.deadlines import RESOLUTION
+from apphost.protocols.exchange import HIGH_WATER
+from tests.peer import GET, OK, TIMEOUTS, Peer, post
+
+
+@pytest.fixture
+def peer() -> Peer:
+    return Peer()
+
+
+def test_a_silent_connection_is_closed(peer: Peer) -> None:
+    peer.nearly(TIMEOUTS.request_header)
+    assert peer.open
+    peer.past()
+    assert peer.transport.closed
+    assert peer.read() == b""  # nothing was asked, so nothing is answered
+
+
+@pytest.mark.parametrize("beginning", [b"G", b"GET / HTTP/1.1\r\nHost: a\r\n", GET[:-1], b"\r\nGET /"])
+def test_a_slow_head_is_answered_408(peer: Peer, beginning: bytes) -> None:
+    """P10: and bytes that trickle in do not prolong it."""
+    peer.after(3)
+    peer.send(beginning)
+    peer.after(6)
+    if beginning[-1:] != b"\r":
+        peer.send(b"X")
+    peer.nearly(TIMEOUTS.request_header - 6)
+    assert peer.open
+    peer.past()
+    assert peer.status() == 408
+    assert not peer.open
+
+
+def test_empty_lines_do_not_prolong_the_wait(peer: Peer) -> None:
+    """P9"""
+    for _ in range(9):
+        peer.send(b"\r\n")
+        peer.after(1)
+    assert peer.open
+    peer.after(1 + RESOLUTION)
+    assert peer.transport.closed
+
+
+def test_an_idle_connection_is_closed_after_keep_alive(peer: Peer) -> None:
+    """S13: silently, however many requests it has served."""
+    for _ in range(3):
+        peer.send(GET)
+        peer.last.answer()
+        assert peer.read() == OK
+        peer.nearly(TIMEOUTS.keep_alive)
+        assert peer.open
+    peer.past()
+    assert peer.transport.closed
+    assert peer.read() == b""
+
+
+def test_the_head_after_an_idle_time_has_its_own_time(peer: Peer) -> None:
+    peer.send(GET)
+    peer.last.answer()
+    peer.read()
+    peer.after(39)
+    peer.send(b"GET")
+    peer.nearly(TIMEOUTS.request_header)
+    assert peer.open
+    peer.past()
+    assert peer.status() == 408
+
+
+def test_a_request_may_take_any_time(peer: Peer) -> None:
+    peer.send(GET)
+    peer.after(3600)
+    peer.last.answer(b"o", more=True)
+    peer.after(3600)
+    peer.last.answer(b"k")
+    assert peer.open
+    assert peer.last.told == []
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 9\r\n\r\nabc", "Transfer-Encoding: chunked\r\n\r\n9\r\nabc"])
+def test_a_body_that_stalls_is_answered_408(peer: Peer, framing: str) -> None:
+    """P10: each byte gives it new time; the application is told, and its answer is not wanted any more."""
+    peer.send(f"POST / HTTP/1.1\r\nHost: a\r\n{framing}".encode())
+    for _ in range(3):
+        peer.nearly(TIMEOUTS.request_body)
+        peer.send(b"x")
+    peer.nearly(TIMEOUTS.request_body)
+    assert peer.open
+    peer.past()
+    assert peer.status() == 408
+    assert not peer.open
+    assert peer.last.told == ["body", "body", "body", "disconnected"]
+    assert not peer.last.stream.connected
+    assert peer.last.stream.complete
+
+
+def test_a_body_that_stalls_within_the_response_ends_it(peer: Peer) -> None:
+    """A6: there can be no second answer."""
+    peer.send(post(9) + b"abc")
+    peer.last.answer(b"part", more=True)
+    peer.after(TIMEOUTS.request_body + RESOLUTION)
+    assert peer.read().endswith(b"\r\n\r\n4\r\npart\r\n")
+    assert not peer.open
+    assert peer.last.told == ["disconnected"]
+
+
+def test_a_client_that_waits_for_continue_does_not_stall(peer: Peer) -> None:
+    """R9: from the moment on that the body was asked for it may."""
+    peer.send(post(9, "Expect: 100-continue"))
+    peer.after(3600)
+    assert peer.read() == b""
+    assert peer.last.stream.take_body() == (b"", True)
+    assert peer.last.stream.take_body() == (b"", True)
+    assert peer.read() == b"HTTP/1.1 100 Continue\r\n\r\n"
+    peer.nearly(TIMEOUTS.request_body)
+    assert peer.open
+    peer.past()
+    assert peer.status() == 408
+
+
+def test_a_paused_body_does_not_stall(peer: Peer) -> None:
+    """R7: it is the application that lets it wait."""
+    peer.send(post(10 * HIGH_WATER) + bytes(HIGH_WATER + 1))
+    assert peer.transport.paused
+    peer.after(3600)
+    assert peer.open
+    assert peer.last.stream.take_body() == (bytes(HIGH_WATER + 1), True)
+    assert not peer.transport.paused
+    peer.after(TIMEOUTS.request_body + RESOLUTION)
+    assert peer.status() == 408
+
+
+def test_a_client_that_does_not_read_is_cut_off(peer: Peer) -> None:
+    """S16: with a reset; the application is told."""
+    peer.send(GET)
+    peer.last.answer(bytes(100), more=True)
+    peer.connection.pause_writing()
+    assert not peer.last.stream.writable
+    peer.nearly(TIMEOUTS.write)
+    assert not peer.transport.aborted
+    peer.past()
+    assert peer.transport.aborted
+    assert peer.last.told == ["disconnected"]
+    assert not peer.last.stream.connected
+
+
+def test_a_client_that_reads_on_in_time_is_not_cut_off(peer: Peer) -> None:
+    peer.send(GET)
+    for _ in range(3):
+        peer.last.answer(bytes(100), more=True)
+        peer.connection.pause_writing()
+        peer.nearly(TIMEOUTS.write)
+        peer.connection.resume_writing()
+        assert peer.last.stream.writable
+    peer.after(3600)
+    assert peer.open
+    assert peer.last.told == ["resumed"] * 3
+
+
+def test_an_answer_that_nobody_reads_is_given_up(peer: Peer) -> None:
+    """The response is complete, but not gone out: keep-alive must not hide that."""
+    peer.send(GET)
+    peer.connection.pause_writing()
+    peer.last.answer()
+    peer.after(TIMEOUTS.write + RESOLUTION)
+    assert peer.transport.aborted
+
+
+def test_closing_does_not_wait_for_ever(peer: Peer) -> None:
+    """What is left to write when the connection is closed has its time, too."""
+    peer.after(TIMEOUTS.request_header + RESOLUTION)
+    assert peer.transport.closed
+    assert not peer.transport.aborted
+    peer.after(TIMEOUTS.write + 1)
+    assert peer.transport.aborted
+
+
+@pytest.mark.parametrize(("draining", "patience"), [(False, TIMEOUTS.linger), (True, TIMEOUTS.linger_draining)])
+def test_lingering_ends(peer: Peer, draining: bool, patience: float) -> None:
+    """P12: after its time, though the client goes on sending."""
+    peer.context.draining = draining
+    peer.send(b"nonsense\r\n\r\n")
+    assert peer.transport.ended
+    for _ in range(int(patience)):
+        assert not peer.transport.closed
+        peer.send(b"more and more")
+        peer.after(1)
+    peer.after(RESOLUTION)
+    assert peer.transport.closed
+    assert peer.status() == 400
+
+
+def test_lingering_ends_with_the_client(peer: Peer) -> None:
+    """P12"""
+    peer.send(b"nonsense\r\n\r\n" + GET)
+    peer.send(GET)
+    assert not peer.transport.closed
+    peer.end()
+    assert peer.transport.closed
+    assert peer.status() == 400
+    assert peer.requests == []
+
+
+def test_an_unread_body_that_stalls_ends_the_connection(peer: Peer) -> None:
+    """R8"""
+    peer.send(post(9))
+    peer.last.answer()
+    assert peer.read() == OK
+    peer.nearly(TIMEOUTS.request_body)
+    assert peer.open
+    peer.past()
+    assert not peer.open
+    assert peer.read() == b""
