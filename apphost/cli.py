@@ -20,7 +20,7 @@ from click.core import ParameterSource
 
 import apphost
 from apphost.errors import ApphostError, ExitCode, SettingsError
-from apphost.settings import CONFIG_VARIABLE, SETTINGS, Loaded, Source
+from apphost.settings import CONFIG_VARIABLE, RESUME_VARIABLE, SETTINGS, Loaded, Source
 from apphost.values import Setting
 
 _INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
@@ -241,4 +241,9 @@ def _complain(level: str, message: str, detail: str = "") -> None:
 
 def main() -> None:
     """The `apphost` program. Ends the process with a code of `ExitCode`, or 130 after an interrupt."""
+    word = os.environ.pop(RESUME_VARIABLE, None)
+    if word is not None:
+        from apphost.arbiter.main import resume
+
+        sys.exit(resume(word))
     program()

@@ -47,6 +47,8 @@ def main(fd: int, dump: int) -> NoReturn:
     `dump` is the descriptor of the file for its last words, as workers have one.
     """
     _prepare_signals()
+    for inherited in (fd, dump):
+        os.set_inheritable(inherited, False)  # by us, and not by what an application starts
     faulthandler.enable(file=dump, all_threads=True)
     faulthandler.register(DUMP_SIGNAL, file=dump, all_threads=True, chain=True)
     channel = Channel(socket.socket(fileno=fd))
@@ -165,6 +167,8 @@ class ForkServer:
         self._generation = int(message["generation"])
         self._settings = settings = source.load(os.environ).settings
         self._listeners = [socket.socket(fileno=fd) for fd in message["listeners"]]
+        for listener in self._listeners:
+            listener.set_inheritable(False)
         directory = _enter(settings.chdir, source.cwd)
         if settings.umask is not None:
             os.umask(settings.umask)

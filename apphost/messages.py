@@ -45,8 +45,8 @@ class Decoder:
     Descriptors that no message claims are kept in `fds` for the owner to close.
     """
 
-    def __init__(self) -> None:
-        self._buffer = bytearray()
+    def __init__(self, rest: bytes = b"") -> None:
+        self._buffer = bytearray(rest)
         self.fds: deque[int] = deque()
 
     def feed(self, data: bytes, fds: list[int]) -> list[tuple[Message, list[int]]]:
@@ -67,6 +67,11 @@ class Decoder:
         except ProtocolError:
             self.fds = deque(came)  # nobody gets the messages before the bad one: theirs too are the owner's to close
             raise
+
+    @property
+    def rest(self) -> bytes:
+        """What has come of a message whose end has not."""
+        return bytes(self._buffer)
 
     def _claim(self, message: Message) -> tuple[Message, list[int]]:
         count = message.get("fds", 0)
@@ -93,15 +98,21 @@ class Channel:
     without queueing.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, rest: bytes = b"") -> None:
+        """`rest`: the beginning of a message, read by whoever had this end before."""
         sock.setblocking(False)
         self.sock = sock
-        self._decoder = Decoder()
+        self._decoder = Decoder(rest)
         self._unsent: deque[tuple[bytes, list[int]]] = deque()
         self._unsent_size = 0
 
     def fileno(self) -> int:
         return self.sock.fileno()
+
+    @property
+    def rest(self) -> bytes:
+        """The beginning of a message whose end has not come."""
+        return self._decoder.rest
 
     @property
     def blocked(self) -> bool:

@@ -20,6 +20,8 @@ from apphost.arbiter.fleet import (
 )
 from apphost.arbiter.vocabulary import (
     Action,
+    CanaryFailed,
+    CanaryStarted,
     Config,
     Configured,
     Drain,
@@ -34,6 +36,7 @@ from apphost.arbiter.vocabulary import (
     ScaleAsked,
     Spawn,
     StopAsked,
+    StopListening,
     Tick,
     WorkerAsksReplacement,
     WorkerBeat,
@@ -107,6 +110,20 @@ class Story:
 
     def ttou(self) -> None:
         self.happens(ScaleAsked(-1))
+
+    @classmethod
+    def on_probation(cls, size: int = 1, canary: float = 60.0, **config: float) -> Story:
+        """A story that begins where worker `size` + 1, of generation 2, has begun to serve beside those of 1."""
+        story = cls.serving(size, canary=canary, **config)
+        story.wait(STEADY_AFTER)
+        story.reload()
+        story.expect(Spawn(size + 1, 2))
+        story.ready(size + 1)
+        story.expect(CanaryStarted(2, size + 1, canary))
+        return story
+
+    def canary_fails(self, generation: int) -> None:
+        self.happens(CanaryFailed(generation))
 
     def ready(self, *wids: int) -> None:
         self.happens(*map(WorkerReady, wids))
@@ -442,7 +459,7 @@ def test_back_off_does_not_keep_a_stop_waiting() -> None:
     story = Story.serving()
     story.gone(1)
     story.stop()
-    story.expect(Halt(ExitCode.OK))
+    story.expect(StopListening(), Halt(ExitCode.OK))
 
 
 # ------------------------------------------------------------------------------------------------------------ stuck
@@ -565,7 +582,7 @@ def test_new_settings_of_a_proven_generation() -> None:
 def test_term_drains_and_halts_when_all_are_gone() -> None:
     story = Story.serving(2, stop_timeout=8.0)
     story.stop()
-    story.expect(Drain(1, 7.0, Reason.STOP), Drain(2, 7.0, Reason.STOP))
+    story.expect(StopListening(), Drain(1, 7.0, Reason.STOP), Drain(2, 7.0, Reason.STOP))
     story.gone(1)
     story.expect()
     story.gone(2)
@@ -575,7 +592,7 @@ def test_term_drains_and_halts_when_all_are_gone() -> None:
 def test_term_kills_what_does_not_go_in_time() -> None:
     story = Story.serving(stop_timeout=8.0)
     story.stop()
-    story.expect(Drain(1, 7.0, Reason.STOP))
+    story.expect(StopListening(), Drain(1, 7.0, Reason.STOP))
     story.wait(7.0)
     story.expect()
     story.wait(1.0)
@@ -595,7 +612,11 @@ def test_term_in_the_middle_of_a_reload() -> None:
     story.wait(2.0)
     story.stop()
     story.expect(
-        Drain(2, 7.0, Reason.STOP), Drain(3, 7.0, Reason.STOP), Drain(4, 0.0, Reason.STOP), Drain(1, 7.0, Reason.STOP)
+        StopListening(),
+        Drain(2, 7.0, Reason.STOP),
+        Drain(3, 7.0, Reason.STOP),
+        Drain(4, 0.0, Reason.STOP),
+        Drain(1, 7.0, Reason.STOP),
     )
     story.ready(4)
     story.reload()
@@ -617,7 +638,7 @@ def test_term_never_gives_a_worker_more_time_than_it_had() -> None:
     story.expect(Drain(1, 30.0, Reason.RELOAD, (2,)), GenerationComplete(2))
     story.wait(28.0)
     story.stop()
-    story.expect(Drain(2, 7.0, Reason.STOP), Drain(1, 2.0, Reason.STOP))
+    story.expect(StopListening(), Drain(2, 7.0, Reason.STOP), Drain(1, 2.0, Reason.STOP))
     story.wait(3.0)
     story.expect(Kill(1, Reason.RELOAD))
 
@@ -625,7 +646,7 @@ def test_term_never_gives_a_worker_more_time_than_it_had() -> None:
 def test_a_second_term_kills() -> None:
     story = Story.serving(2)
     story.stop()
-    story.expect(Drain(1, 7.0, Reason.STOP), Drain(2, 7.0, Reason.STOP))
+    story.expect(StopListening(), Drain(1, 7.0, Reason.STOP), Drain(2, 7.0, Reason.STOP))
     story.gone(2)
     story.stop()
     story.expect(Kill(1, Reason.STOP))
@@ -648,7 +669,7 @@ def test_quit_kills_at_once() -> None:
 def test_stop_before_anything_was_started() -> None:
     story = Story()
     story.stop()
-    story.expect(Halt(ExitCode.OK))
+    story.expect(StopListening(), Halt(ExitCode.OK))
 
 
 def test_a_crash_while_stopping_is_no_failure() -> None:
@@ -656,7 +677,126 @@ def test_a_crash_while_stopping_is_no_failure() -> None:
     story.start()
     story.expect(Spawn(1, 1), Spawn(2, 1))
     story.stop()
-    story.expect(Drain(1, 0.0, Reason.STOP), Drain(2, 0.0, Reason.STOP))
+    story.expect(StopListening(), Drain(1, 0.0, Reason.STOP), Drain(2, 0.0, Reason.STOP))
+    story.gone(1, 2)
+    story.expect(Halt(ExitCode.OK))
+
+
+def test_a_stop_without_any_time_to_drain_kills_in_the_same_breath() -> None:
+    story = Story.serving(stop_timeout=0.0)
+    story.stop()
+    story.expect(StopListening(), Drain(1, 0.0, Reason.STOP), Kill(1, Reason.STOP))
+
+
+# ------------------------------------------------------------------------------------------------- shutdown_delay
+
+
+def test_after_term_the_fleet_serves_on_for_the_shutdown_delay() -> None:
+    story = Story.serving(2, shutdown_delay=5.0, stop_timeout=8.0)
+    story.stop()
+    story.expect()
+    assert next_deadline(story.fleet) == story.now + 5.0
+    assert story.wids(State.READY) == [1, 2]
+    assert story.until_deadline() == 5.0
+    story.expect(StopListening(), Drain(1, 7.0, Reason.STOP), Drain(2, 7.0, Reason.STOP))
+    story.wait(8.0)
+    story.expect(Kill(1, Reason.STOP), Kill(2, Reason.STOP))
+    story.gone(1, 2)
+    story.expect(Halt(ExitCode.OK))
+
+
+def test_a_second_term_during_the_delay_kills_at_once() -> None:
+    story = Story.serving(2, shutdown_delay=5.0)
+    story.stop()
+    story.wait(1.0)
+    story.expect()
+    story.stop()
+    story.expect(Kill(1, Reason.STOP), Kill(2, Reason.STOP))
+    story.gone(1)
+    story.expect()
+    story.gone(2)
+    story.expect(Halt(ExitCode.OK))
+
+
+def test_quit_during_the_delay_kills_at_once() -> None:
+    story = Story.serving(shutdown_delay=5.0)
+    story.stop()
+    story.stop(now=True)
+    story.expect(Kill(1, Reason.STOP))
+    story.wait(4.9)
+    story.expect()
+    story.gone(1)
+    story.expect(Halt(ExitCode.OK))
+
+
+def test_quit_does_not_wait_for_the_delay() -> None:
+    story = Story.serving(shutdown_delay=5.0)
+    story.stop(now=True)
+    story.expect(Kill(1, Reason.STOP))
+    story.gone(1)
+    story.expect(Halt(ExitCode.OK))
+
+
+def test_reloads_during_the_delay_are_ignored() -> None:
+    story = Story.serving(shutdown_delay=5.0)
+    story.stop()
+    before = repr(story.fleet)
+    story.happens(*[ReloadAsked()] * 3)
+    story.expect()
+    assert repr(story.fleet) == before
+
+
+def test_a_roll_goes_on_during_the_delay_and_ends_with_it() -> None:
+    story = Story.serving(2, shutdown_delay=5.0)
+    story.reload()
+    story.expect(Spawn(3, 2))
+    story.stop()
+    story.expect()
+    story.ready(3)
+    story.expect(Drain(1, 30.0, Reason.RELOAD, (3,)), Spawn(4, 2))
+    story.wait(5.0)
+    story.expect(
+        StopListening(),
+        Drain(2, 7.0, Reason.STOP),
+        Drain(3, 7.0, Reason.STOP),
+        Drain(4, 0.0, Reason.STOP),
+        Drain(1, 7.0, Reason.STOP),
+    )
+
+
+def test_a_worker_that_crashes_during_the_delay_is_replaced() -> None:
+    """The balancer still sends: there have to be as many workers as ever."""
+    story = Story.serving(shutdown_delay=5.0)
+    story.wait(STEADY_AFTER)
+    story.stop()
+    story.gone(1)
+    story.expect(Spawn(2, 1))
+    story.ready(2)
+    story.wait(5.0)
+    story.expect(StopListening(), Drain(2, 7.0, Reason.STOP))
+    story.gone(2)
+    story.expect(Halt(ExitCode.OK))
+
+
+def test_whose_time_is_up_when_the_delay_ends_is_killed_in_that_moment() -> None:
+    story = Story.serving(graceful_timeout=4.0, shutdown_delay=5.0)
+    story.reload()
+    story.expect(Spawn(2, 2))
+    story.ready(2)
+    story.expect(Drain(1, 4.0, Reason.RELOAD, (2,)), GenerationComplete(2))
+    story.stop()
+    story.wait(5.0)  # the end of the delay, and of the drain with its grace
+    story.expect(StopListening(), Drain(2, 7.0, Reason.STOP), Drain(1, 0.0, Reason.STOP), Kill(1, Reason.RELOAD))
+
+
+def test_a_first_start_that_fails_during_the_delay_is_no_failure() -> None:
+    """A TERM that everyone gets ends boots; what was asked for is what happens, only earlier."""
+    story = Story(2, shutdown_delay=5.0)
+    story.start()
+    story.expect(Spawn(1, 1), Spawn(2, 1))
+    story.stop()
+    story.leaves(1, 2)
+    story.expect()
     story.gone(1, 2)
     story.expect(Halt(ExitCode.OK))
 
@@ -733,9 +873,63 @@ def test_a_steady_worker_that_leaves_on_its_own_account_is_replaced_at_once() ->
     story.ready(2)
     story.expect()
     story.wait(31.0)
-    story.expect(Kill(1, Reason.STOP))
+    story.expect(Kill(1, Reason.LEFT))
     story.gone(1)
     story.expect()
+    story.wait(100.0)
+    story.expect()
+
+
+def test_a_worker_of_new_code_that_leaves_while_it_boots_gives_its_generation_up_when_it_is_gone() -> None:
+    story = Story.serving()
+    story.reload()
+    story.expect(Spawn(2, 2))
+    story.leaves(2)
+    story.expect()
+    story.gone(2)
+    story.expect(GenerationGivenUp(2, keeping=1))
+    story.wait(100.0)
+    story.expect()
+
+
+def test_a_worker_that_leaves_a_first_start_ends_it_when_it_is_gone() -> None:
+    story = Story(2)
+    story.start()
+    story.expect(Spawn(1, 1), Spawn(2, 1))
+    story.leaves(1)
+    story.expect()
+    story.gone(1)
+    story.expect(Drain(2, 0.0, Reason.GIVEN_UP))
+    story.gone(2)
+    story.expect(Halt(ExitCode.APPLICATION))
+
+
+def test_a_worker_that_left_a_generation_proven_since_was_nothing_but_a_crash() -> None:
+    story = Story(2)
+    story.start()
+    story.expect(Spawn(1, 1), Spawn(2, 1))
+    story.leaves(1)
+    story.ready(2)
+    story.gone(1)
+    story.expect()
+    assert story.until_deadline() == pytest.approx(0.1)
+    story.expect(Spawn(3, 1))
+    story.ready(3)
+    story.expect(GenerationComplete(1))
+
+
+def test_a_worker_that_left_a_superseded_generation_takes_nothing_with_it() -> None:
+    story = Story.serving()
+    story.reload()
+    story.expect(Spawn(2, 2))
+    story.leaves(2)
+    story.reload()
+    story.wait(SUPERSEDE_AFTER)
+    story.expect(Spawn(3, 2), Drain(3, 0.0, Reason.SUPERSEDED), Spawn(4, 3))
+    story.gone(2, 3)
+    story.expect()
+    story.ready(4)
+    story.expect(Drain(1, 30.0, Reason.RELOAD, (4,)), GenerationComplete(3))
 
 
 def test_workers_that_leave_as_soon_as_they_are_started_are_not_a_fork_storm() -> None:
@@ -758,7 +952,7 @@ def test_a_term_that_everyone_gets_starts_nothing() -> None:
     story.leaves(1, 2)
     story.expect()
     story.stop()
-    story.expect(Drain(1, 7.0, Reason.STOP), Drain(2, 7.0, Reason.STOP))
+    story.expect(StopListening(), Drain(1, 7.0, Reason.STOP), Drain(2, 7.0, Reason.STOP))
     story.gone(1, 2)
     story.expect(Halt(ExitCode.OK))
 

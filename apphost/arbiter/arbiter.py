@@ -29,6 +29,7 @@ from apphost.arbiter.processes import (
     start_fork_server,
 )
 from apphost.arbiter.reports import Report, who
+from apphost.arbiter.upgrade import Upgrade
 from apphost.errors import ExitCode
 from apphost.logs import Log
 from apphost.messages import DUMP_SIGNAL, MAX_FDS, Channel, Message
@@ -72,6 +73,7 @@ class Arbiter:
         log: Log,
         on_ready: Callable[[WorkerProcess], None] | None = None,
     ) -> None:
+        self.upgrade: Upgrade | None = None  # None: it cannot replace its program
         self.settings = loaded.settings
         self.source = source
         self.listeners = listeners
@@ -80,7 +82,7 @@ class Arbiter:
         self.fleet = Fleet(fleet_config(loaded.settings))
         self.workers: dict[int, WorkerProcess] = {}
         self.fork_servers: dict[int, ForkServer] = {}
-        self._leaving: list[ForkServer] = []  # their channels have ended, their exits are not known yet
+        self.leaving: list[ForkServer] = []  # their channels have ended, their exits are not known yet
         self._on_ready = on_ready
         self._events: deque[v.Event] = deque()
         self._asked_at: dict[int, float] = {}  # generation to the moment its first worker was asked for
@@ -91,10 +93,11 @@ class Arbiter:
 
     # -- the loop
 
-    def run(self) -> int:
+    def run(self, first: v.Event = v.Tick()) -> int:  # noqa: B008 - immutable
         """Run until there is nothing left to do; the exit code."""
         self.hub.catch((*_SIGNALS, signal.SIGUSR2, signal.SIGCHLD))
-        self._feed(v.Tick())
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        self._feed(first)
         while self._exit is None:
             todo = self.hub.wait(self._timeout())
             # First: a TERM that everybody has got must not be taken for the death of a worker that was quicker.
@@ -105,6 +108,8 @@ class Arbiter:
             self._notice_lost_workers()
             self._feed(v.Tick())
             self._retire_fork_servers()
+            if self.upgrade is not None:
+                self.upgrade.expire(time.monotonic())
         self._end()
         return self._exit
 
@@ -113,6 +118,8 @@ class Arbiter:
         due = next_deadline(self.fleet)
         if due is not None:
             deadlines.append(due)
+        if self.upgrade is not None and self.upgrade.deadline is not None:
+            deadlines.append(self.upgrade.deadline)
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
     def _feed(self, event: v.Event) -> None:
@@ -136,12 +143,15 @@ class Arbiter:
             if event is not None:
                 self.log.info(f"{number.name} received")
                 self._feed(event)
-            elif number == signal.SIGUSR2:
-                self.log.warning("SIGUSR2 received: an upgrade in place is not possible yet; USR1 reloads")
+            elif number == signal.SIGUSR2 and self.upgrade is not None and not self.fleet.stopping:
+                self.log.info("SIGUSR2 received: the new program is tried")
+                self.upgrade.begin()
 
     def _reap(self) -> None:
         for pid, status in reap():
-            server = next((s for s in (*self.fork_servers.values(), *self._leaving) if s.pid == pid), None)
+            if self.upgrade is not None and self.upgrade.tried(pid, status):
+                continue
+            server = next((s for s in (*self.fork_servers.values(), *self.leaving) if s.pid == pid), None)
             if server is not None:
                 self._fork_server_ended(server, status)
                 continue
@@ -170,11 +180,11 @@ class Arbiter:
         if server is None:
             server = start_fork_server(generation, self.source, self.listeners)
             self.fork_servers[generation] = server
-            self._listen_to_fork_server(server)
+            self.listen_to_fork_server(server)
             self.log.debug(f"fork server of generation {generation} started, pid {server.pid}")
         return server
 
-    def _listen_to_fork_server(self, server: ForkServer) -> None:
+    def listen_to_fork_server(self, server: ForkServer) -> None:
         self.hub.listen(
             server.channel, lambda message: self._hear_fork_server(server, message), lambda: self._lose(server)
         )
@@ -199,15 +209,15 @@ class Arbiter:
         if self.fork_servers.get(server.generation) is server:
             del self.fork_servers[server.generation]
         self.hub.forget(server.channel)
-        self._leaving.append(server)
+        self.leaving.append(server)
 
     def _fork_server_ended(self, server: ForkServer, status: int) -> None:
-        if server in self._leaving:
-            self._leaving.remove(server)
+        if server in self.leaving:
+            self.leaving.remove(server)
         else:
             self.hub.read_rest(server.channel, lambda message: self._hear_fork_server(server, message), REST_READS)
             self._lose(server)
-            self._leaving.remove(server)
+            self.leaving.remove(server)
         last_words = read_last_words(server.dump)
         os.close(server.dump)
         how = reports.describe_exit(status)
@@ -341,9 +351,9 @@ class Arbiter:
         finally:
             theirs.close()
         self.workers[action.wid] = worker
-        self._listen_to_worker(worker)
+        self.listen_to_worker(worker)
 
-    def _listen_to_worker(self, worker: WorkerProcess) -> None:
+    def listen_to_worker(self, worker: WorkerProcess) -> None:
         self.hub.listen(
             worker.channel, lambda message: self._hear_worker(worker, message), lambda: self._worker_lost(worker)
         )
@@ -452,7 +462,7 @@ class Arbiter:
         deadline = time.monotonic() + END_GRACE
         for server in list(self.fork_servers.values()):
             self._lose(server)
-        pids = {server.pid for server in self._leaving}
+        pids = {server.pid for server in self.leaving}
         while pids and time.monotonic() < deadline:
             pids -= {pid for pid, _ in reap()}
             if pids:

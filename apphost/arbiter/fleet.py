@@ -8,8 +8,9 @@ any monotonic clock; the fleet reads no clock, knows no process and imports noth
 "Reloading" is not a stored mode: it is what reconciling looks like while ready workers are of an older generation than
 the target.
 
-Vocabulary: a generation is *proven* once one of its workers was ready. The *target* is the generation asked for last;
-`good` is the newest proven one. A target that fails before it is proven is given up; the target falls back to `good`.
+Vocabulary: a generation is *proven* once one of its workers was ready, or with `canary`, where there is proven code to
+fall back to, once that worker has served on probation. The *target* is the generation asked for last; `good` is the
+newest proven one. A target that fails before it is proven is given up; the target falls back to `good`.
 """
 
 from __future__ import annotations
@@ -132,12 +133,10 @@ def next_deadline(fleet: Fleet) -> float | None:
     if fleet.halted:
         return None
     deadlines = [w.deadline for w in fleet.workers.values() if w.deadline is not None]
-    if fleet.not_before is not None and not fleet.stopping:
-        deadlines.append(fleet.not_before)
-    if fleet.again and not fleet.stopping:
-        deadlines.append(fleet.target_since + SUPERSEDE_AFTER)
     if not fleet.stopping:
-        deadlines += [due for due in (fleet.canary_until, fleet.stop_at) if due is not None]
+        deadlines += [due for due in (fleet.not_before, fleet.canary_until, fleet.stop_at) if due is not None]
+        if fleet.again:
+            deadlines.append(fleet.target_since + SUPERSEDE_AFTER)
     return min(deadlines, default=None)
 
 

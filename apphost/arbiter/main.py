@@ -11,6 +11,9 @@ import apphost
 from apphost.arbiter.arbiter import Arbiter
 from apphost.arbiter.pidfile import PidFile
 from apphost.arbiter.processes import WorkerProcess
+from apphost.arbiter.upgrade import Upgrade, open_inherited, open_nothing, read_state, take_over
+from apphost.arbiter.vocabulary import Event, ReloadAsked, Tick
+from apphost.errors import ExitCode
 from apphost.logs import Log
 from apphost.settings import Loaded, Settings, Source
 from apphost.sockets import describe, open_listeners, parse_bind, unlink_own
@@ -28,14 +31,61 @@ def run(loaded: Loaded, source: Source) -> int:
     try:
         listeners = _listen(settings, own)
         _say_hello(loaded, listeners, log)
-        code = Arbiter(loaded, source, listeners, log).run()
-        log.info(f"stopped, exit {code}")
-        return code
+        return _run(Arbiter(loaded, source, listeners, log), own, pidfile)
     finally:
-        for path, inode in own.items():
-            unlink_own(path, inode)
-        if pidfile is not None:
-            pidfile.remove()
+        _clean_up(own, pidfile)
+
+
+def resume(word: str) -> int:
+    """Go on as the arbiter whose program this one has replaced (USR2); the exit code. `word`: see `RESUME_VARIABLE`.
+
+    When it is only to be tried: read the state as if, and say by the exit code whether that went well.
+    """
+    trial = word.endswith("?")
+    fd = int(word.rstrip("?"))
+    state = read_state(fd, open_nothing if trial else open_inherited)
+    os.close(fd)
+    settings = state.settings
+    source = Source.from_wire(state.source)
+    log = Log(settings.log_level, settings.log_format)
+    if trial:
+        take_over(Arbiter(Loaded(settings, {}), source, [], log), state)
+        return ExitCode.OK
+    for fd in state.descriptors:
+        os.set_inheritable(fd, False)
+    _set_title(settings.proc_name)
+    pidfile = PidFile.adopt(*state.pidfile) if state.pidfile is not None else None
+    listeners = [socket.socket(fileno=fd) for fd in state.listeners]
+    try:
+        arbiter = Arbiter(Loaded(settings, {}), source, listeners, log)
+        take_over(arbiter, state)
+        log.info(
+            f"upgraded: apphost {apphost.__version__} on Python {platform.python_version()} goes on with "
+            f"{len(arbiter.workers)} workers, pid {os.getpid()}"
+        )
+        return _run(arbiter, state.own_sockets, pidfile, ReloadAsked())
+    finally:
+        _clean_up(state.own_sockets, pidfile)
+
+
+def _run(
+    arbiter: Arbiter,
+    own: dict[str, tuple[int, int]],
+    pidfile: PidFile | None,
+    first: Event = Tick(),  # noqa: B008
+) -> int:
+    locked = (pidfile.path, pidfile.fileno()) if pidfile is not None else None
+    arbiter.upgrade = Upgrade(arbiter, own, locked)
+    code = arbiter.run(first)
+    arbiter.log.info(f"stopped, exit {code}")
+    return code
+
+
+def _clean_up(own: dict[str, tuple[int, int]], pidfile: PidFile | None) -> None:
+    for path, inode in own.items():
+        unlink_own(path, inode)
+    if pidfile is not None:
+        pidfile.remove()
 
 
 def check(loaded: Loaded, source: Source) -> int:

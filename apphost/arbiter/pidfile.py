@@ -18,6 +18,17 @@ class PidFile:
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, b"%d\n" % os.getpid(), 0)
 
+    @classmethod
+    def adopt(cls, path: str, fd: int) -> PidFile:
+        """The pidfile that the program before this one, in the same process, has locked."""
+        pidfile = cls.__new__(cls)
+        pidfile.path = path
+        pidfile._fd = fd
+        return pidfile
+
+    def fileno(self) -> int:
+        return self._fd
+
     def _open_locked(self) -> int:
         while True:
             try:

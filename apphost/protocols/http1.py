@@ -38,8 +38,8 @@ _LEADING_CRLF = re.compile(rb"(?:\r\n)+")  # RFC 9112, 2.2: some old clients sen
 _WAITING, _HEAD, _BUSY, _MOVING = Phase.WAITING, Phase.HEAD, Phase.BUSY, Phase.MOVING
 _DISCARDING, _CLOSED = Phase.DISCARDING, Phase.CLOSED
 
-
-# asyncio's never pauses before 3.12.9 and 3.13.2 (CVE-2024-12254), nor takes the loss of the connection well until 3.14.1.
+# That of asyncio has no back-pressure before 3.12.9 and 3.13.2 (CVE-2024-12254), and up to 3.14.0 it writes on after
+# the connection was lost.
 _BROKEN_WRITELINES = (3, 12) <= sys.version_info < (3, 14, 1)
 
 

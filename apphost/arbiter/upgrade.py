@@ -1,0 +1,186 @@
+"""USR2: the arbiter replaces its own program, same pid, while its workers go on serving.
+
+First a throw-away process runs the new program far enough to read the state; only when that works is the old program
+replaced by exec, which keeps pid, children and descriptors. The new one finds the state through `RESUME_VARIABLE` and
+rolls a new generation, so that fork servers and workers are of the new version too. Until the exec succeeds nothing
+has been given up: whatever fails, the old program goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from apphost.arbiter.processes import kill, make_dump_file
+from apphost.arbiter.state import ArbiterState, OpenChannel, StateError
+from apphost.messages import Channel
+from apphost.settings import RESUME_VARIABLE
+
+if TYPE_CHECKING:
+    from apphost.arbiter.arbiter import Arbiter
+
+TRIAL_TIMEOUT = 15.0  # s for the new program to show that it can start
+_STATE_MAX = 1 << 26  # bytes: some hundred times the state of 1024 workers
+
+
+class Upgrade:
+    """One upgrade of `arbiter` that is under way: `begin`, then `tried` with the trial's end, or `expired`."""
+
+    def __init__(
+        self, arbiter: Arbiter, own_sockets: dict[str, tuple[int, int]], pidfile: tuple[str, int] | None
+    ) -> None:
+        self._arbiter = arbiter
+        self._own_sockets = own_sockets
+        self._pidfile = pidfile
+        self._trial = 0
+        self.deadline: float | None = None
+
+    def begin(self) -> None:
+        """Start the trial, unless one is running."""
+        if self._trial:
+            return
+        try:
+            self._trial = self._start_trial()
+        except OSError as exc:
+            self._say_failed(exc.strerror or str(exc))
+            return
+        self.deadline = time.monotonic() + TRIAL_TIMEOUT
+
+    def expire(self, now: float) -> None:
+        if self.deadline is not None and now >= self.deadline:
+            self.deadline = None
+            kill(self._trial, signal.SIGKILL)
+
+    def tried(self, pid: int, status: int) -> bool:
+        """A child has ended; whether it was the trial. When that has succeeded, this does not return."""
+        if not self._trial or pid != self._trial:
+            return False
+        self._trial = 0
+        self.deadline = None
+        if status != 0:
+            self._say_failed(f"the new program cannot start (its trial ended with {status})")
+            return True
+        arbiter = self._arbiter
+        channels = [worker.channel for worker in arbiter.workers.values()]
+        channels += [server.channel for server in arbiter.fork_servers.values()]
+        if any(channel.blocked for channel in channels):
+            self._say_failed("a worker does not read its orders")
+            return True
+        try:
+            self._exec()
+        except OSError as exc:
+            self._say_failed(exc.strerror or str(exc))
+        return True
+
+    def _say_failed(self, why: str) -> None:
+        self._arbiter.log.error(f"the upgrade is given up: {why}. This arbiter goes on")
+
+    def _start_trial(self) -> int:
+        fd = write_state(self.state())
+        try:
+            pid = os.fork()
+            if pid == 0:
+                self._become(fd, f"{fd}?")
+        finally:
+            os.close(fd)
+        return pid
+
+    def _become(self, fd: int, resume: str) -> None:
+        """In the trial's process: run the new program."""
+        try:
+            os.set_inheritable(fd, True)
+            self._replace(resume)
+        except BaseException as exc:
+            os.write(2, f"apphost: cannot run {sys.executable}: {exc}\n".encode())
+        finally:
+            os._exit(127)
+
+    def _exec(self) -> None:
+        """Become the new program. Raises `OSError`; then everything is as before."""
+        state = self.state()
+        fd = write_state(state)
+        self._arbiter.log.info("the upgrade begins: this program is replaced, workers go on serving")
+        # What comes meanwhile waits for the handlers of the new program.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        descriptors = [fd, *state.descriptors]
+        try:
+            for each in descriptors:
+                os.set_inheritable(each, True)
+            self._replace(str(fd))
+        finally:
+            for each in descriptors:
+                os.set_inheritable(each, False)
+            os.close(fd)
+            signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+    def _replace(self, resume: str) -> None:
+        """Run the command that this program was started with, from where the user started it."""
+        try:
+            os.chdir(self._arbiter.source.cwd)
+        except OSError:
+            pass  # it need not exist any more as long as the command does
+        environment = {**os.environ, RESUME_VARIABLE: resume}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606
+
+    def state(self) -> ArbiterState:
+        arbiter = self._arbiter
+        return ArbiterState(
+            fleet=arbiter.fleet,
+            settings=arbiter.settings,
+            source=arbiter.source.to_wire(),
+            listeners=[listener.fileno() for listener in arbiter.listeners],
+            workers=list(arbiter.workers.values()),
+            fork_servers=list(arbiter.fork_servers.values()),
+            leaving=arbiter.leaving,
+            own_sockets=self._own_sockets,
+            pidfile=self._pidfile,
+        )
+
+
+def write_state(state: ArbiterState) -> int:
+    """The descriptor of an unnamed file with the state."""
+    fd = make_dump_file()
+    data = json.dumps(state.to_wire()).encode()
+    while data:
+        data = data[os.write(fd, data) :]
+    return fd
+
+
+def read_state(fd: int, open_channel: OpenChannel) -> ArbiterState:
+    """The state in the file `fd`. Raises `StateError`."""
+    try:
+        size = os.fstat(fd).st_size
+        if size > _STATE_MAX:
+            raise StateError(f"{size} bytes")
+        wire = json.loads(os.pread(fd, size, 0))
+    except (OSError, ValueError) as exc:
+        raise StateError(str(exc)) from None
+    return ArbiterState.from_wire(wire, open_channel)
+
+
+def open_inherited(fd: int, rest: bytes) -> Channel:
+    """A channel of the program before this one. One that it had closed has no descriptor; nothing will come from it."""
+    sock = socket.socket(fileno=fd) if fd >= 0 else socket.socketpair()[0]
+    return Channel(sock, rest)
+
+
+def open_nothing(_fd: int, rest: bytes) -> Channel:
+    """In a trial, in place of a channel that was not inherited."""
+    return Channel(socket.socketpair()[0], rest)
+
+
+def take_over(arbiter: Arbiter, state: ArbiterState) -> None:
+    """Have a new arbiter go on where the program before it stopped: its fleet, processes and channels."""
+    arbiter.fleet = state.fleet
+    arbiter.leaving = state.leaving
+    for server in state.fork_servers:
+        arbiter.fork_servers[server.generation] = server
+        arbiter.listen_to_fork_server(server)
+    for worker in state.workers:
+        arbiter.workers[worker.wid] = worker
+        arbiter.listen_to_worker(worker)
