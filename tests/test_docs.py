@@ -39,7 +39,7 @@ FOREIGN = {
     "README.md": {
         "--no-deps", "--no-cache-dir",
         "--host", "--port", "--uds", "--fd", "--timeout-worker-healthcheck", "--timeout-graceful-shutdown",
-        "--timeout-keep-alive", "--access-logfile", "--preload", "--certfile", "--forwarded-allow-ips",
+        "--timeout-keep-alive", "--access-logfile", "--certfile", "--forwarded-allow-ips",
         "--ssl-certfile", "--proxy-headers", "--reload", "--ws",
     },
     "deploy.md": {"--no-deps", "--no-cache-dir"},

@@ -785,7 +785,7 @@ def test_whose_time_is_up_when_the_delay_ends_is_killed_in_that_moment() -> None
     story.ready(2)
     story.expect(Drain(1, 4.0, Reason.RELOAD, (2,)), GenerationComplete(2))
     story.stop()
-    story.wait(5.0)  # the end of the delay, and of the drain with its grace
+    assert story.until_deadline() == 5.0  # of the delay, and of the drain with its grace
     story.expect(StopListening(), Drain(2, 7.0, Reason.STOP), Drain(1, 0.0, Reason.STOP), Kill(1, Reason.RELOAD))
 
 
@@ -924,8 +924,9 @@ def test_a_worker_that_left_a_superseded_generation_takes_nothing_with_it() -> N
     story.expect(Spawn(2, 2))
     story.leaves(2)
     story.reload()
+    story.expect(Spawn(3, 2))
     story.wait(SUPERSEDE_AFTER)
-    story.expect(Spawn(3, 2), Drain(3, 0.0, Reason.SUPERSEDED), Spawn(4, 3))
+    story.expect(Drain(3, 0.0, Reason.SUPERSEDED), Spawn(4, 3))
     story.gone(2, 3)
     story.expect()
     story.ready(4)
@@ -955,6 +956,442 @@ def test_a_term_that_everyone_gets_starts_nothing() -> None:
     story.expect(StopListening(), Drain(1, 7.0, Reason.STOP), Drain(2, 7.0, Reason.STOP))
     story.gone(1, 2)
     story.expect(Halt(ExitCode.OK))
+
+
+# ----------------------------------------------------------------------------------------------------------- canary
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_new_code_serves_on_probation_as_one_extra_and_the_roll_goes_on_when_it_has_passed(size: int) -> None:
+    story = Story.on_probation(size, canary=60.0)
+    canary, old = size + 1, list(range(1, size + 1))
+    assert next_deadline(story.fleet) == story.now + 60.0
+    assert story.wids(State.READY) == [*old, canary], "nothing old retires for it"
+    story.wait(59.0)
+    story.expect()
+    assert (story.fleet.good, story.fleet.target) == (1, 2)
+    assert story.until_deadline() == 1.0
+    for done in range(1, size):
+        story.expect(Drain(done, 30.0, Reason.RELOAD, tuple(range(canary, canary + done))), Spawn(canary + done, 2))
+        story.ready(canary + done)
+    story.expect(Drain(size, 30.0, Reason.RELOAD, tuple(range(canary, canary + size))), GenerationComplete(2))
+    story.gone(*old)
+    story.expect()
+    assert next_deadline(story.fleet) is None
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_first_start_needs_no_canary(size: int) -> None:
+    """There is nothing that could serve instead."""
+    story = Story.serving(size, canary=60.0)
+    assert story.fleet.good == 1
+    assert next_deadline(story.fleet) is None
+
+
+def test_a_first_start_that_is_superseded_needs_no_canary_either() -> None:
+    story = Story(canary=60.0)
+    story.start()
+    story.expect(Spawn(1, 1))
+    story.reload()
+    story.wait(SUPERSEDE_AFTER)
+    story.expect(Drain(1, 0.0, Reason.SUPERSEDED), Spawn(2, 2))
+    story.ready(2)
+    story.expect(GenerationComplete(2))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_canary_that_fails_gives_its_connections_back_to_old_code(size: int) -> None:
+    story = Story.on_probation(size)
+    story.wait(10.0)
+    story.canary_fails(2)
+    story.expect(Drain(size + 1, 30.0, Reason.GIVEN_UP, tuple(range(1, size + 1))), GenerationGivenUp(2, keeping=1))
+    story.canary_fails(2)
+    story.gone(size + 1)
+    story.wait(100.0)
+    story.expect()
+    assert story.wids(State.READY) == list(range(1, size + 1))
+
+
+def test_a_canary_that_crashes_is_given_up_also_after_it_had_served_for_a_while() -> None:
+    story = Story.on_probation(canary=60.0)
+    story.wait(STEADY_AFTER + 1.0)
+    story.gone(2)
+    story.expect(GenerationGivenUp(2, keeping=1))
+    assert next_deadline(story.fleet) is None, "old code has not crashed: no pause, no successor"
+
+
+def test_a_canary_that_is_stuck_is_given_up() -> None:
+    story = Story.on_probation(canary=60.0, timeout=20.0)
+    story.beat(1)
+    story.wait(19.0)
+    story.beat(1)
+    story.wait(1.0)
+    story.expect(Dump(2, Reason.STUCK), GenerationGivenUp(2, keeping=1))
+    story.beat(1)
+    story.wait(1.0)
+    story.expect(Kill(2, Reason.STUCK))
+
+
+def test_a_canary_that_is_stuck_at_the_end_of_its_probation_has_not_passed() -> None:
+    story = Story.on_probation(canary=20.0, timeout=20.0)
+    story.now += 20.0
+    story.beat(1)
+    story.happens(Tick())
+    story.expect(Dump(2, Reason.STUCK), GenerationGivenUp(2, keeping=1))
+
+
+def test_a_canary_that_leaves_is_given_up_when_it_is_gone() -> None:
+    story = Story.on_probation(canary=60.0, graceful_timeout=30.0)
+    story.leaves(2)
+    story.expect()
+    story.wait(20.0)
+    story.expect()
+    story.gone(2)
+    story.expect(GenerationGivenUp(2, keeping=1))
+    story.wait(100.0)
+    story.expect()
+
+
+def test_a_canary_that_has_left_does_not_pass_while_it_drains() -> None:
+    """Its probation may end before its drain does: nobody of new code serves then."""
+    story = Story.on_probation(canary=10.0, graceful_timeout=30.0)
+    story.leaves(2)
+    story.wait(9.0)
+    story.expect()
+    story.wait(1.0)
+    story.expect(GenerationGivenUp(2, keeping=1))
+    story.gone(2)
+    story.wait(100.0)
+    story.expect()
+    assert story.wids(State.READY) == [1]
+
+
+def test_a_deploy_that_is_broken_at_boot_never_comes_to_its_probation() -> None:
+    story = Story.serving(canary=60.0)
+    story.reload()
+    story.expect(Spawn(2, 2))
+    story.canary_fails(2)
+    story.expect()
+    story.gone(2)
+    story.expect(GenerationGivenUp(2, keeping=1))
+
+
+def test_after_a_canary_was_given_up_a_good_deploy_has_a_probation_of_its_own() -> None:
+    story = Story.on_probation(canary=60.0)
+    story.canary_fails(2)
+    story.expect(Drain(2, 30.0, Reason.GIVEN_UP, (1,)), GenerationGivenUp(2, keeping=1))
+    story.gone(2)
+    story.reload()
+    story.expect(Spawn(3, 3))
+    story.ready(3)
+    story.expect(CanaryStarted(3, 3, 60.0))
+    story.canary_fails(2)  # late word of the one before
+    story.expect()
+    story.wait(60.0)
+    story.expect(Drain(1, 30.0, Reason.RELOAD, (3,)), GenerationComplete(3))
+
+
+@pytest.mark.parametrize("generation", [0, 1, 3])
+def test_a_failure_of_a_generation_that_is_not_on_probation_means_nothing(generation: int) -> None:
+    story = Story.on_probation()
+    before = repr(story.fleet)
+    story.canary_fails(generation)
+    story.expect()
+    assert repr(story.fleet) == before
+
+
+def test_a_canary_that_has_passed_can_fail_no_more() -> None:
+    story = Story.on_probation(canary=60.0)
+    story.wait(60.0)
+    story.expect(Drain(1, 30.0, Reason.RELOAD, (2,)), GenerationComplete(2))
+    story.canary_fails(2)
+    story.expect()
+
+
+def test_connections_of_a_canary_go_only_to_old_workers_that_stay() -> None:
+    story = Story.on_probation(2)
+    story.asks_replacement(1)
+    story.expect()  # it waits: a replacement would be one more than the extra one
+    story.canary_fails(2)
+    story.expect(Drain(3, 30.0, Reason.GIVEN_UP, (2,)), GenerationGivenUp(2, keeping=1), Spawn(4, 1))
+    story.ready(4)
+    story.expect(Drain(1, 30.0, Reason.RECYCLE, (2, 4)))
+
+
+def test_a_canary_is_given_up_also_where_nobody_can_take_its_connections() -> None:
+    story = Story.on_probation()
+    story.gone(1)
+    story.expect(Spawn(3, 1))
+    story.canary_fails(2)
+    story.expect(Drain(2, 30.0, Reason.GIVEN_UP), GenerationGivenUp(2, keeping=1))
+    story.ready(3)
+    story.expect()
+
+
+def test_a_canary_that_asks_to_be_replaced_is_replaced_when_it_has_passed() -> None:
+    story = Story.on_probation(canary=60.0)
+    story.asks_replacement(2)
+    story.expect()
+    story.wait(60.0)
+    story.expect(Drain(1, 30.0, Reason.RELOAD, (2,)), Spawn(3, 2), GenerationComplete(2))
+    story.ready(3)
+    story.expect(Drain(2, 30.0, Reason.RECYCLE, (3,)))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_an_old_worker_that_crashes_during_probation_is_replaced_by_old_code(size: int) -> None:
+    story = Story.on_probation(size, canary=60.0)
+    successor, canary = size + 2, size + 1
+    story.gone(1)
+    story.expect(Spawn(successor, 1))
+    story.ready(successor)
+    story.expect()
+    story.wait(60.0)
+    first = 2 if size > 1 else successor
+    assert story.untold[0] == Drain(first, 30.0, Reason.RELOAD, (canary,))
+
+
+def test_an_old_worker_that_boots_when_the_canary_passes_is_replaced_in_its_turn() -> None:
+    story = Story.on_probation(canary=60.0)
+    story.wait(59.0)
+    story.gone(1)
+    story.expect(Spawn(3, 1))
+    story.wait(1.0)
+    story.expect()
+    assert story.fleet.good == 2
+    story.ready(3)
+    story.expect(Drain(3, 30.0, Reason.RELOAD, (2,)), GenerationComplete(2))
+
+
+def test_old_code_that_crashes_in_a_row_backs_off_beside_a_canary() -> None:
+    story = Story.on_probation(canary=60.0)
+    story.gone(1)
+    story.expect(Spawn(3, 1))
+    story.gone(3)
+    story.expect()
+    assert story.until_deadline() == pytest.approx(0.1)
+    story.expect(Spawn(4, 1))
+    story.gone(4)
+    assert story.until_deadline() == pytest.approx(0.2)
+    story.expect(Spawn(5, 1))
+    assert story.wids(State.READY) == [2]
+
+
+def test_ttin_during_probation_adds_old_code() -> None:
+    story = Story.on_probation(canary=60.0)
+    story.ttin()
+    story.expect(Spawn(3, 1))
+    story.ready(3)
+    story.expect()
+    story.wait(60.0)
+    story.expect(Drain(1, 30.0, Reason.RELOAD, (2,)), Spawn(4, 2))
+    story.ready(4)
+    story.expect(Drain(3, 30.0, Reason.RELOAD, (2, 4)), GenerationComplete(2))
+
+
+def test_ttou_during_probation_retires_old_code_whose_connections_stay_with_old_code() -> None:
+    story = Story.on_probation(2, canary=60.0)
+    story.ttou()
+    story.expect(Drain(1, 30.0, Reason.SCALE_DOWN, (2,)))
+    story.gone(1)
+    story.ttou()
+    story.expect()
+    story.wait(60.0)
+    story.expect(Drain(2, 30.0, Reason.RELOAD, (3,)), GenerationComplete(2))
+
+
+def test_ttou_during_probation_ends_a_boot_beyond_the_surge() -> None:
+    """The canary is the one extra worker: there is no room for another."""
+    story = Story.on_probation(2, canary=60.0)
+    story.gone(1)
+    story.expect(Spawn(4, 1))
+    story.ttou()
+    story.expect(Drain(4, 0.0, Reason.SCALE_DOWN))
+    assert story.wids(State.READY) == [2, 3]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_term_during_probation_drains_everyone(size: int) -> None:
+    story = Story.on_probation(size, canary=60.0)
+    story.stop()
+    story.expect(StopListening(), *(Drain(wid, 7.0, Reason.STOP) for wid in range(1, size + 2)))
+    assert next_deadline(story.fleet) == story.now + 8.0
+    story.canary_fails(2)
+    story.gone(size + 1)
+    story.expect()
+    story.gone(*range(1, size + 1))
+    story.expect(Halt(ExitCode.OK))
+
+
+def test_quit_during_probation_kills_everyone() -> None:
+    story = Story.on_probation()
+    story.stop(now=True)
+    story.expect(Kill(1, Reason.STOP), Kill(2, Reason.STOP))
+    story.gone(2)
+    story.expect()
+    story.gone(1)
+    story.expect(Halt(ExitCode.OK))
+
+
+def test_a_probation_goes_on_during_the_shutdown_delay() -> None:
+    story = Story.on_probation(2, canary=10.0, shutdown_delay=20.0)
+    story.stop()
+    assert next_deadline(story.fleet) == story.now + 10.0
+    story.wait(10.0)
+    story.expect(Drain(1, 30.0, Reason.RELOAD, (3,)), Spawn(4, 2))
+    assert next_deadline(story.fleet) == story.now + 10.0
+    story.ready(4)
+    story.expect(Drain(2, 30.0, Reason.RELOAD, (3, 4)), GenerationComplete(2))
+    story.gone(1, 2)
+    story.wait(10.0)
+    story.expect(StopListening(), Drain(3, 7.0, Reason.STOP), Drain(4, 7.0, Reason.STOP))
+
+
+def test_a_canary_that_fails_during_the_shutdown_delay_is_given_up() -> None:
+    story = Story.on_probation(canary=60.0, shutdown_delay=20.0)
+    story.stop()
+    story.canary_fails(2)
+    story.expect(Drain(2, 30.0, Reason.GIVEN_UP, (1,)), GenerationGivenUp(2, keeping=1))
+
+
+def test_a_stop_and_the_end_of_a_probation_at_the_same_moment() -> None:
+    story = Story.on_probation(canary=10.0, shutdown_delay=10.0)
+    story.stop()
+    story.expect()
+    assert story.until_deadline() == 10.0
+    story.expect(StopListening(), Drain(1, 7.0, Reason.STOP), Drain(2, 7.0, Reason.STOP))
+
+
+def test_a_newer_reload_during_probation_waits_a_moment_and_supersedes_the_canary() -> None:
+    story = Story.on_probation(2, canary=60.0)
+    story.wait(2.0)
+    story.reload()
+    story.expect()
+    assert story.until_deadline() == SUPERSEDE_AFTER - 2.0
+    story.expect(Drain(3, 30.0, Reason.SUPERSEDED, (1, 2)), Spawn(4, 3))
+    story.ready(4)
+    story.expect(CanaryStarted(3, 4, 60.0))
+    story.gone(3)
+    story.expect()
+    story.wait(60.0)
+    story.expect(Drain(1, 30.0, Reason.RELOAD, (4,)), Spawn(5, 3))
+
+
+def test_a_newer_reload_late_in_a_probation_supersedes_the_canary_at_once_and_a_thousand_do_so_once() -> None:
+    story = Story.on_probation(canary=60.0)
+    story.wait(30.0)
+    story.happens(*[ReloadAsked()] * 1000)
+    story.expect(Drain(2, 30.0, Reason.SUPERSEDED, (1,)), Spawn(3, 3))
+    assert story.fleet.newest == 3
+
+
+def test_a_newer_reload_waits_for_a_probation_that_is_soon_over() -> None:
+    story = Story.on_probation(canary=3.0)
+    story.reload()
+    assert story.until_deadline() == 3.0
+    story.expect(Drain(1, 30.0, Reason.RELOAD, (2,)), Spawn(3, 3))
+    story.ready(3)
+    story.expect(CanaryStarted(3, 3, 3.0))
+    story.wait(3.0)
+    story.expect(Drain(2, 30.0, Reason.RELOAD, (3,)), GenerationComplete(3))
+
+
+def test_a_newer_reload_that_came_before_the_canary_was_ready_supersedes_it_there() -> None:
+    story = Story.serving(2, canary=60.0)
+    story.reload()
+    story.expect(Spawn(3, 2))
+    story.reload()
+    story.expect()
+    story.ready(3)
+    story.expect(Drain(3, 30.0, Reason.SUPERSEDED, (1, 2)), Spawn(4, 3))
+    story.ready(4)
+    story.expect(CanaryStarted(3, 4, 60.0))
+
+
+def test_a_canary_that_fails_while_a_newer_reload_waits_makes_room_for_it() -> None:
+    story = Story.on_probation(canary=60.0)
+    story.reload()
+    story.expect()
+    story.canary_fails(2)
+    story.expect(Drain(2, 30.0, Reason.GIVEN_UP, (1,)), GenerationGivenUp(2, keeping=1), Spawn(3, 3))
+
+
+def settings_of_new_code(size: int, canary: float) -> Config:
+    return Config(size=size, timeout=0.0, graceful_timeout=5.0, canary=canary)
+
+
+def test_new_settings_count_when_the_canary_has_passed() -> None:
+    story = Story.serving(canary=60.0, graceful_timeout=30.0)
+    story.reload()
+    story.expect(Spawn(2, 2))
+    story.happens(WorkerReady(2, settings_of_new_code(size=3, canary=10.0)))
+    story.expect(CanaryStarted(2, 2, 10.0))  # the probation itself is of the new settings
+    story.wait(9.0)
+    story.expect()
+    assert (story.fleet.size, story.fleet.config.graceful_timeout) == (1, 30.0)
+    story.wait(1.0)
+    story.expect(Spawn(3, 2))
+    story.ready(3)
+    story.expect(Spawn(4, 2))
+    story.ready(4)
+    story.expect(Drain(1, 5.0, Reason.RELOAD, (2, 3, 4)), GenerationComplete(2))
+
+
+def test_fewer_workers_of_new_settings_count_when_the_canary_has_passed() -> None:
+    story = Story.serving(4, canary=60.0)
+    story.reload()
+    story.expect(Spawn(5, 2))
+    story.happens(WorkerReady(5, settings_of_new_code(size=1, canary=60.0)))
+    story.expect(CanaryStarted(2, 5, 60.0))
+    story.wait(59.0)
+    story.expect()
+    story.wait(1.0)
+    story.expect(*(Drain(wid, 5.0, Reason.RELOAD, (5,)) for wid in range(1, 5)), GenerationComplete(2))
+
+
+def test_new_settings_are_given_up_with_their_canary() -> None:
+    story = Story.serving(graceful_timeout=30.0, canary=60.0)
+    story.reload()
+    story.expect(Spawn(2, 2))
+    story.happens(WorkerReady(2, settings_of_new_code(size=3, canary=60.0)))
+    story.expect(CanaryStarted(2, 2, 60.0))
+    story.canary_fails(2)
+    story.expect(Drain(2, 30.0, Reason.GIVEN_UP, (1,)), GenerationGivenUp(2, keeping=1))
+    story.wait(100.0)
+    story.expect(Kill(2, Reason.GIVEN_UP), *[Kill(2, Reason.GIVEN_UP)] * 13)
+    assert story.fleet.size == 1
+
+
+def test_new_settings_can_bring_a_canary_and_can_take_it_away() -> None:
+    story = Story.serving(canary=0.0)
+    story.reload()
+    story.expect(Spawn(2, 2))
+    story.happens(WorkerReady(2, settings_of_new_code(size=1, canary=10.0)))
+    story.expect(CanaryStarted(2, 2, 10.0))
+    story.wait(10.0)
+    story.expect(Drain(1, 5.0, Reason.RELOAD, (2,)), GenerationComplete(2))
+    story.reload()
+    story.expect(Spawn(3, 3))
+    story.happens(WorkerReady(3, settings_of_new_code(size=1, canary=0.0)))
+    story.expect(Drain(2, 5.0, Reason.RELOAD, (3,)), GenerationComplete(3))
+
+
+def test_new_settings_without_a_canary_count_in_the_step_that_proves_them() -> None:
+    story = Story.serving(2, graceful_timeout=30.0)
+    story.reload()
+    story.expect(Spawn(3, 2))
+    story.happens(WorkerReady(3, settings_of_new_code(size=1, canary=0.0)))
+    story.expect(Drain(1, 5.0, Reason.RELOAD, (3,)), Drain(2, 5.0, Reason.RELOAD, (3,)), GenerationComplete(2))
+
+
+def test_what_ttin_chose_during_probation_stays_where_the_new_settings_say_nothing_new() -> None:
+    story = Story.on_probation(canary=60.0)
+    story.ttin()
+    story.expect(Spawn(3, 1))
+    story.ready(3)
+    story.wait(60.0)
+    story.expect(Drain(1, 30.0, Reason.RELOAD, (2,)), Spawn(4, 2))
+    assert story.fleet.size == 2
 
 
 # --------------------------------------------------------------------------------------- late, doubled and unknown

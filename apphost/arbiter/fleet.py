@@ -313,7 +313,7 @@ def _expire(fleet: Fleet, now: float) -> list[Action]:
     if fleet.not_before is not None and now >= fleet.not_before:
         fleet.not_before = None
     if fleet.stop_at is not None and not fleet.stopping and now >= fleet.stop_at:
-        return _begin_stop(fleet, now)
+        actions += _begin_stop(fleet, now)
     for worker in list(fleet.workers.values()):
         if worker.deadline is None or worker.deadline > now:
             continue
@@ -330,7 +330,10 @@ def _expire(fleet: Fleet, now: float) -> list[Action]:
         else:
             actions.append(_kill(worker, worker.reason, now))
     if fleet.canary_until is not None and not fleet.stopping and now >= fleet.canary_until:
-        _prove(fleet, fleet.target, fleet.canary_config or fleet.config, now)
+        if any(w.generation == fleet.target for w in fleet.having(State.READY)):
+            _prove(fleet, fleet.target, fleet.canary_config or fleet.config, now)
+        else:  # it has left, and is only not gone yet
+            actions += _give_up(fleet, fleet.target, now)
     if fleet.again and not fleet.stopping and now >= fleet.target_since + SUPERSEDE_AFTER:
         actions += _supersede(fleet, now)
     return actions
@@ -387,11 +390,9 @@ def _upgrade(fleet: Fleet, now: float) -> Spawn | None:
     alive = fleet.having(State.BOOTING, State.READY)
     outdated = [w for w in alive if not fleet.is_fresh(w)]
     booting_fresh = [w for w in alive if w.state is State.BOOTING and fleet.is_fresh(w)]
-    if fleet.canary_until is not None:
-        return None
     if not outdated or booting_fresh or len(alive) >= fleet.size + SURGE or fleet.not_before is not None:
         return None
-    if len(fleet.having(State.DRAINING)) >= fleet.size + DRAINING_EXTRA:
+    if fleet.canary_until is not None or len(fleet.having(State.DRAINING)) >= fleet.size + DRAINING_EXTRA:
         return None
     return _spawn(fleet, fleet.target, now)
 
@@ -402,7 +403,7 @@ def _retire(fleet: Fleet, now: float) -> Action | None:
     ready = [w for w in fleet.having(State.READY) if fleet.canary_until is None or w.generation <= fleet.good]
     if len(ready) <= fleet.size:
         boots = fleet.having(State.BOOTING)
-        surplus = len(ready) + len(boots) > fleet.size + SURGE
+        surplus = len(fleet.having(State.BOOTING, State.READY)) > fleet.size + SURGE
         return _drain(fleet, boots[-1], Reason.SCALE_DOWN, now) if surplus else None
     victim = min(ready, key=lambda w: (fleet.is_fresh(w), w.generation, not w.stale, w.wid))
     replaced = any(w.generation > victim.generation for w in ready)
@@ -481,7 +482,7 @@ def _new_target(fleet: Fleet, now: float) -> None:
 
 
 def _give_up(fleet: Fleet, generation: int, now: float) -> list[Action]:
-    """A generation that never was ready has failed: fall back, or end where nothing has ever been ready."""
+    """A generation that never was proven has failed: fall back, or end where nothing has ever been proven."""
     if generation != fleet.target or fleet.stopping:
         return []
     actions = _drain_unproven(fleet, generation, Reason.GIVEN_UP, now)
@@ -493,5 +494,6 @@ def _give_up(fleet: Fleet, generation: int, now: float) -> list[Action]:
         fleet.target = fleet.good
         return [*actions, GenerationGivenUp(generation, fleet.good)]
     fleet.stopping = True
-    fleet.exit_code = ExitCode.APPLICATION
+    if fleet.stop_at is None:  # else it only ends early what was to end
+        fleet.exit_code = ExitCode.APPLICATION
     return actions

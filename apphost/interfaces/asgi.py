@@ -108,9 +108,11 @@ class AsgiRequest:
         scope = http_scope(stream, interface.root_path, interface.state)
         try:
             result = await interface.app(scope, self.receive, self.send)
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as exc:
             self._fail()
-            raise
+            if self._is_cancelled():
+                raise
+            self._report(exc)  # one of the application's own: to us it is an error like any other
         except BaseException as exc:
             if not (self.gone and is_disconnect(exc)):
                 self._report(exc)
@@ -128,6 +130,11 @@ class AsgiRequest:
     def _fail(self) -> None:
         self.stream.fail()
         self._wake()  # a task that the application has left behind may wait in `receive`
+
+    def _is_cancelled(self) -> bool:
+        """Whether this task itself was cancelled, by the end of the worker (before Python 3.11 it cannot be told)."""
+        task = asyncio.current_task()
+        return task is None or not hasattr(task, "cancelling") or task.cancelling() > 0
 
     async def receive(self) -> Event:
         """The next event: `http.request` until the body is complete, `http.disconnect` from the end on."""

@@ -377,11 +377,10 @@ class Connection(Wire):
         else:
             self.linger()
 
-    def drain(self, deadline: float) -> None:
-        """The worker wants to go: an idle connection is closed at `deadline` if it stays silent; the response to its
-        next request, or to the one in progress, says `Connection: close`."""
-        if self.phase is _WAITING and not self.buffer and deadline < self.read_deadline:
-            self._arm(deadline)
+    def close_idle(self) -> None:
+        """The worker wants to go: close the connection if nothing of a request is there."""
+        if self.phase is _WAITING and not self.buffer:
+            self.close()
 
     # -- the end of the client's side
 

@@ -122,15 +122,16 @@ def detect_interface(app: Any) -> str:
     it takes none of these.
     """
     call = getattr(app, "__call__", None)  # noqa: B004 - to look at, not to find out whether there is one
-    if inspect.isclass(app):
-        if inspect.iscoroutinefunction(app.__call__):
-            return "asgi2"
-    elif inspect.iscoroutinefunction(app) or inspect.iscoroutinefunction(call):
+    # A class is called to make an instance; what its own `__call__` is like tells of those.
+    legacy = inspect.isclass(app) and inspect.iscoroutinefunction(app.__call__)
+    if not inspect.isclass(app) and (inspect.iscoroutinefunction(app) or inspect.iscoroutinefunction(call)):
         return "asgi"
     try:
         signature = inspect.signature(app)
     except (TypeError, ValueError):
         return "wsgi"
+    if legacy and _takes(signature, 1):
+        return "asgi2"
     if _takes(signature, 2):
         return "wsgi"
     if _takes(signature, 3):

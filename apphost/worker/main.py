@@ -143,5 +143,7 @@ def _prepare_dump(fd: int, server: list[Server]) -> None:
         os.write(fd, "".join(lines).encode("utf-8", "replace"))
 
     faulthandler.enable(file=fd, all_threads=True)
+    # The fork server's registration, if it stayed, would pass for ours: its handler is not set a second time.
+    faulthandler.unregister(DUMP_SIGNAL)
     signal.signal(DUMP_SIGNAL, describe)
     faulthandler.register(DUMP_SIGNAL, file=fd, all_threads=True, chain=True)

@@ -274,19 +274,12 @@ class Server:
         """Nobody takes our connections: each gets its polite end here."""
         self.context.on_idle = None
         self.context.closing = True
-        idle_until = self.deadline
-        if stopping:
-            idle_until = min(self.deadline, self.loop.time() + IDLE_STOP_GRACE)
+        if stopping:  # nobody waits for a connection that is silent
             self.loop.call_later(IDLE_STOP_GRACE, self._close_idle)
-        for connection in list(self.context.connections):
-            connection.drain(idle_until)
 
     def _close_idle(self) -> None:
-        """On a stop nobody waits for a connection that is silent."""
-        now = self.loop.time()
         for connection in list(self.context.connections):
-            connection.drain(now)
-        self.context.tick(now)
+            connection.close_idle()
 
     def _check_drained(self) -> None:
         """Set `drained` when nothing is left to finish."""

@@ -19,7 +19,7 @@ from apphost.errors import ExitCode
 from tests.support import RawClient, Server, request_bytes, wait_for, write_app
 
 APP = """
-import asyncio, json, os, pathlib, time
+import asyncio, json, os, pathlib, sys, time
 
 DOES = os.environ.get("LIFESPAN", "")
 here = pathlib.Path(__file__).parent
@@ -27,7 +27,7 @@ told = {}
 
 
 def say(what):
-    print(f"app {os.getpid()} {what}", flush=True)
+    sys.stdout.write(f"app {os.getpid()} {what}\\n")  # in one piece: print writes two, and two workers print
 
 
 async def file(name):
@@ -175,7 +175,8 @@ def test_nothing_is_served_before_startup_is_complete(start: Start, tmp_path: Pa
         client.sock.settimeout(20)
         (tmp_path / "go").touch()
         assert client.read_response().status == 200
-    order(server, "startup complete", "ready in", "request /early")
+    server.wait_line("ready in")
+    order(server, "startup complete", "request /early")
 
 
 @pytest.mark.parametrize("does", ["raise", "assert", "return", "raise in startup", "exit in startup"])

@@ -1,0 +1,220 @@
+"""Addresses and listeners."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apphost.errors import AddressError
+from apphost.sockets import Address, describe, open_listeners, parse_bind, unlink_own
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("127.0.0.1:8000", {"host": "127.0.0.1", "port": 8000}),
+        ("localhost:0", {"host": "localhost"}),
+        (":80", {"host": "0.0.0.0", "port": 80}),
+        ("*:65535", {"host": "0.0.0.0", "port": 65535}),
+        ("[::1]:8000", {"host": "::1", "port": 8000}),
+        ("[fe80::1%eth0]:1", {"host": "fe80::1%eth0", "port": 1}),
+        ("unix:/run/app.sock", {"path": "/run/app.sock"}),
+        ("unix:///run/app.sock", {"path": "/run/app.sock"}),
+        ("unix:app.sock", {"path": "app.sock"}),
+        ("unix:a:80", {"path": "a:80"}),
+        ("unix:" + "p" * 107, {"path": "p" * 107}),
+        ("fd://3", {"fd": 3}),
+    ],
+)
+def test_parse(text: str, expected: dict[str, str | int]) -> None:
+    assert parse_bind(text) == Address(text, **expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected HOST:PORT"),
+        ("8000", "expected HOST:PORT"),
+        ("localhost", "expected HOST:PORT"),
+        ("localhost:", "expected HOST:PORT"),
+        ("localhost:x", "expected HOST:PORT"),
+        ("localhost:+8", "expected HOST:PORT"),
+        ("localhost:\u0668", "expected HOST:PORT"),
+        ("localhost:80 ", "expected HOST:PORT"),
+        ("localhost:80\n", "expected HOST:PORT"),
+        ("localhost:65536", "at most 65535"),
+        ("localhost:123456", "expected HOST:PORT"),
+        ("::1:80", "expected HOST:PORT"),
+        ("[]:80", "expected HOST:PORT"),
+        ("[::1]", "expected HOST:PORT"),
+        ("http://x:80", "expected HOST:PORT"),
+        ("unix:", "expected unix:PATH"),
+        ("unix://", "expected unix:PATH"),
+        ("unix:a\0b", "expected unix:PATH"),
+        ("unix:" + "p" * 108, "at most 107 bytes"),
+        ("unix:" + "\u20ac" * 36, "at most 107 bytes"),
+        ("fd://", "expected fd://N"),
+        ("fd://-1", "expected fd://N"),
+        ("fd://\u0663", "expected fd://N"),
+    ],
+)
+def test_parse_refuses(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_bind(text)
+
+
+@given(st.text(max_size=40))
+def test_parse_never_fails_otherwise(text: str) -> None:
+    try:
+        address = parse_bind(text)
+    except ValueError:
+        return
+    assert address.text == text
+    assert sum([bool(address.host), bool(address.path), address.fd >= 0]) == 1
+
+
+def test_tcp() -> None:
+    """Ready for the loops of the workers: listening, non-blocking, not inherited by accident, small writes at once."""
+    (sock,) = open_listeners(parse_bind("127.0.0.1:0"), 17)
+    with sock:
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+        assert not sock.getblocking()
+        assert not sock.get_inheritable()
+        assert describe(sock) == f"http://127.0.0.1:{sock.getsockname()[1]}"
+        with socket.create_connection(sock.getsockname()), wait_accept(sock) as accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def wait_accept(sock: socket.socket) -> socket.socket:
+    sock.settimeout(20)
+    return sock.accept()[0]
+
+
+def test_ipv6() -> None:
+    try:
+        (sock,) = open_listeners(parse_bind("[::1]:0"), 5)
+    except AddressError:
+        pytest.skip("no IPv6 here")
+    with sock:
+        assert describe(sock) == f"http://[::1]:{sock.getsockname()[1]}"
+
+
+def test_tcp_port_that_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        text = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(AddressError, match=f"cannot listen at {text}: another process is listening there already"):
+            open_listeners(parse_bind(text), 5)
+
+
+def test_all_or_none_of_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that stands for several addresses: when one fails, the others are closed (or pytest sees the leak)."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in (0, taken)]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        with pytest.raises(AddressError):
+            open_listeners(parse_bind(f"name:{taken}"), 5)
+
+
+def test_a_name_with_several_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each once, also when the resolver says it twice."""
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 0)) for host in ("127.0.0.1", "127.0.0.2", "127.0.0.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    try:
+        listeners = open_listeners(parse_bind("name:0"), 5)
+    except AddressError:
+        pytest.skip("127.0.0.2 is no address here")
+    assert [sock.getsockname()[0] for sock in listeners] == ["127.0.0.1", "127.0.0.2"]
+    for sock in listeners:
+        sock.close()
+
+
+def test_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(AddressError, match="'nowhere' is unknown"):
+        open_listeners(parse_bind("nowhere:1"), 5)
+
+
+def test_unix_and_unlink_own(tmp_path: Path) -> None:
+    path = tmp_path / "app.sock"
+    (sock,) = open_listeners(parse_bind(f"unix:{path}"), 5)
+    with sock:
+        assert describe(sock) == f"unix:{path}"
+        assert stat.S_ISSOCK(path.stat().st_mode)
+        info = path.stat()
+        unlink_own(str(path), (info.st_dev, info.st_ino + 1))
+        assert path.exists()  # somebody else's by now
+        unlink_own(str(path), (info.st_dev, info.st_ino))
+        assert not path.exists()
+        unlink_own(str(path), (info.st_dev, info.st_ino))
+
+
+def test_unix_stale(tmp_path: Path) -> None:
+    """The socket of a server that is gone is replaced."""
+    path = tmp_path / "app.sock"
+    open_listeners(parse_bind(f"unix:{path}"), 5)[0].close()
+    (sock,) = open_listeners(parse_bind(f"unix:{path}"), 5)
+    with sock, socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+
+
+def test_unix_live(tmp_path: Path) -> None:
+    path = tmp_path / "app.sock"
+    (sock,) = open_listeners(parse_bind(f"unix:{path}"), 5)
+    with sock:
+        with pytest.raises(AddressError, match="another process is listening there already"):
+            open_listeners(parse_bind(f"unix:{path}"), 5)
+        assert path.exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link to a file"])
+def test_unix_path_of_something_else(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "data"
+    if kind == "folder":
+        path.mkdir()
+    else:
+        (tmp_path / "precious").write_text("data")
+        if kind == "file":
+            (tmp_path / "precious").rename(path)
+        else:
+            path.symlink_to(tmp_path / "precious")
+    before = path.lstat()
+    with pytest.raises(AddressError, match="there is a file of that name that is no socket"):
+        open_listeners(parse_bind(f"unix:{path}"), 5)
+    assert path.lstat().st_ino == before.st_ino
+
+
+def test_inherited_descriptor() -> None:
+    """As from a supervisor that opened it; made like one of ours."""
+    with socket.create_server(("127.0.0.1", 0)) as given:
+        fd = os.dup(given.fileno())
+        os.set_inheritable(fd, True)
+        (sock,) = open_listeners(parse_bind(f"fd://{fd}"), 5)
+        with sock:
+            assert sock.fileno() == fd
+            assert not sock.getblocking()
+            assert not sock.get_inheritable()
+            assert describe(sock) == f"http://127.0.0.1:{given.getsockname()[1]}"
+
+
+def test_descriptor_that_is_no_listener(tmp_path: Path) -> None:
+    """It stays open: it is not ours."""
+    with socket.socket() as unbound, open(tmp_path / "file", "w") as file:
+        with pytest.raises(AddressError, match="not a listening stream socket"):
+            open_listeners(parse_bind(f"fd://{unbound.fileno()}"), 5)
+        unbound.getsockname()
+        with pytest.raises(AddressError, match=f"descriptor {file.fileno()} is no socket"):
+            open_listeners(parse_bind(f"fd://{file.fileno()}"), 5)
+        file.write("still open")
+    with pytest.raises(AddressError, match="is no socket"):
+        open_listeners(parse_bind("fd://99999"), 5)

@@ -1,0 +1,205 @@
+"""The thread pool beside the loop, on a real loop; the pure rules of when the loop is woken on a made one."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from apphost.interfaces.threads import ThreadPool
+
+
+class MadeLoop:
+    """Notes who wants to be called; a test calls."""
+
+    def __init__(self) -> None:
+        self.woken: list[Callable[[], None]] = []
+        self.soon: list[Callable[[], None]] = []
+        self.closed = False
+
+    def call_soon_threadsafe(self, callback: Callable[[], None]) -> None:
+        if self.closed:
+            raise RuntimeError("Event loop is closed")
+        self.woken.append(callback)
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        self.soon.append(callback)
+
+
+def made_pool(threads: int = 1) -> tuple[ThreadPool, Any]:
+    loop = MadeLoop()
+    return ThreadPool(loop, threads), loop  # type: ignore[arg-type]
+
+
+def test_many_results_wake_the_loop_once() -> None:
+    pool, loop = made_pool()
+    seen: list[int] = []
+    for number in range(5):
+        pool.post(lambda number=number: seen.append(number))
+    assert (len(loop.woken), seen) == (1, [])
+    loop.woken[0]()
+    assert (seen, loop.soon) == ([0, 1, 2, 3, 4], [])
+    pool.post(lambda: seen.append(5))
+    assert len(loop.woken) == 2
+    pool.close()
+
+
+def test_what_is_posted_meanwhile_waits_for_the_next_turn() -> None:
+    """So that results that beget results cannot keep the loop to themselves."""
+    pool, loop = made_pool()
+    seen: list[str] = []
+
+    def first() -> None:
+        seen.append("first")
+        pool.post(lambda: seen.append("second"))
+
+    pool.post(first)
+    loop.woken[0]()
+    assert seen == ["first"]
+    assert len(loop.woken) + len(loop.soon) == 2
+    (loop.woken[1:] + loop.soon)[0]()
+    assert seen == ["first", "second"]
+    pool.close()
+
+
+def test_a_result_that_raises_strands_no_other() -> None:
+    pool, loop = made_pool()
+    seen: list[str] = []
+
+    def fails() -> None:
+        raise ValueError("a defect")
+
+    pool.post(fails)
+    pool.post(lambda: seen.append("after"))
+    with pytest.raises(ValueError, match="a defect"):
+        loop.woken[0]()
+    assert len(loop.soon) == 1
+    loop.soon[0]()
+    assert seen == ["after"]
+    pool.post(lambda: seen.append("later"))
+    loop.woken[-1]()
+    assert seen == ["after", "later"]
+    pool.close()
+
+
+def test_a_closed_loop_is_no_error() -> None:
+    pool, loop = made_pool()
+    loop.closed = True
+    pool.post(lambda: None)
+    pool.close()
+
+
+def test_jobs_in_order_on_one_thread() -> None:
+    pool, _ = made_pool()
+    seen: list[int] = []
+    done = threading.Event()
+    for number in range(100):
+        pool.submit(lambda number=number: seen.append(number))
+    pool.submit(done.set)
+    assert done.wait(20)
+    assert seen == list(range(100))
+    pool.close()
+
+
+def test_busy_counts_what_is_not_finished() -> None:
+    pool, _ = made_pool(2)
+    gate, running = threading.Event(), threading.Semaphore(0)
+
+    def wait() -> None:
+        running.release()
+        gate.wait(20)
+
+    for _ in range(3):
+        pool.submit(wait)
+    assert running.acquire(timeout=20)
+    assert running.acquire(timeout=20)
+    assert pool.busy == 3  # two run, one waits for a thread
+    gate.set()
+    assert running.acquire(timeout=20)
+    ended = threading.Event()
+    pool.submit(ended.set)
+    assert ended.wait(20)
+    end_threads(pool)
+    assert pool.busy == 0
+
+
+def end_threads(pool: ThreadPool) -> None:
+    pool.close()
+    for thread in pool._threads:
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def test_close_lets_the_jobs_before_it_finish() -> None:
+    pool, _ = made_pool(3)
+    seen: list[int] = []
+    for number in range(50):
+        pool.submit(lambda number=number: seen.append(number))
+    end_threads(pool)
+    assert sorted(seen) == list(range(50))
+
+
+def test_threads_are_daemons() -> None:
+    """A thread that hangs in code of the user must not keep a worker from ending."""
+    pool, _ = made_pool(2)
+    assert [(thread.daemon, thread.name) for thread in pool._threads] == [(True, "app-1"), (True, "app-2")]
+    end_threads(pool)
+
+
+def test_an_idle_thread_keeps_no_job_alive() -> None:
+    pool, _ = made_pool()
+
+    class Job:
+        def __call__(self) -> None:
+            pass
+
+    job = Job()
+    gone = threading.Event()
+    weakref.finalize(job, gone.set)
+    pool.submit(job)
+    del job
+    gc.collect()
+    assert gone.wait(20)
+    end_threads(pool)
+
+
+def test_round_trip_on_a_real_loop(loop_name: str) -> None:
+    """Thousands of jobs from the loop and results to it: none is lost, whichever way wake-ups and posts interleave."""
+    if loop_name == "uvloop":
+        import uvloop
+
+        loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    else:
+        loop = asyncio.new_event_loop()
+    count = 5000
+    seen: set[int] = set()
+    threads: set[str] = set()
+
+    async def main() -> None:
+        pool = ThreadPool(loop, 4)
+        done = loop.create_future()
+
+        def arrived(number: int) -> None:
+            threads.add(threading.current_thread().name)
+            seen.add(number)
+            if len(seen) == count:
+                done.set_result(None)
+
+        for number in range(count):
+            pool.submit(lambda number=number: pool.post(lambda: arrived(number)))
+            if number % 97 == 0:
+                await asyncio.sleep(0)
+        await asyncio.wait_for(done, 20)
+        end_threads(pool)
+
+    try:
+        loop.run_until_complete(main())
+    finally:
+        loop.close()
+    assert len(seen) == count
+    assert threads == {threading.current_thread().name}
