@@ -216,12 +216,12 @@ class Link(asyncio.Protocol):
         self.answers = []
         self.wanted = wanted
         self.since = time.perf_counter()
-        self.waiter = self.loop.create_future()
+        waiter = self.waiter = self.loop.create_future()
         if self.ended:
             self._fail("the connection had ended")
         else:
             self.transport.write(data)
-        return self.waiter
+        return waiter
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
@@ -230,7 +230,8 @@ class Link(asyncio.Protocol):
         waiter = self.waiter
         if waiter is not None and len(self.answers) >= self.wanted:
             self.waiter = None
-            waiter.set_result(self.answers)
+            if not waiter.done():  # its client may be gone
+                waiter.set_result(self.answers)
 
     def _take(self) -> Answer | None:
         buffer = self.buffer
@@ -426,6 +427,7 @@ class Clients:
 
     async def upload(self, link: Link, tally: Tally) -> None:
         waiter = link.ask(UPLOAD[:1000])
+        waiter.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, should nobody ask
         for start in range(1000, len(UPLOAD), 2000):
             await asyncio.sleep(0.05)
             if waiter.done() or link.ended:

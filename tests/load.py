@@ -93,9 +93,9 @@ def site(interface: str, version: str = "one", extra: str = "") -> str:
     """The source of an application, `app`, that answers every request with `VERSION PID LENGTH SHA256`, the latter two
     of the request's body. `extra` is code behind it.
 
-    /wait/NAME answers when there is a file NAME, and prints that it is in progress; /exit ends the worker with 7; /orphan
-    answers the pid of a process that nobody waits for, which ends when there is a file `end-orphan`; /spin and /sleep (ASGI
-    only) block the event loop for good.
+    /wait/NAME answers when there is a file NAME, and prints that it is in progress; /exit ends the worker with 7;
+    /orphan answers the pid of a process that nobody waits for, which ends when there is a file `end-orphan`; /spin and
+    /sleep (ASGI only) block the event loop for good.
     """
     return (_COMMON + {"asgi": _ASGI, "wsgi": _WSGI}[interface]).format(version=version) + extra
 

@@ -83,9 +83,14 @@ class Probation(NamedTuple):
 
 
 class World(RuleBasedStateMachine):
-    @initialize(config=configs, start=st.sampled_from([0.0, 0.5, 12345.678]))
-    def begin(self, config: Config, start: float) -> None:
-        self.fleet = Fleet(config)
+    @initialize(
+        config=configs,
+        start=st.sampled_from([0.0, 0.5, 12345.678]),
+        chapter=st.sampled_from(["first start", "serving", "reload", "probation"]),
+    )
+    def begin(self, config: Config, start: float, chapter: str) -> None:
+        """A play begins in one of four chapters: most of those that begin with a first start end there too."""
+        self.fleet = Fleet(replace(config, canary=config.canary or 10.0) if chapter == "probation" else config)
         self.now = start
         self.processes: dict[int, int] = {}  # wid: generation, of every process that the world has not ended yet
         self.last_wid = 0
@@ -100,6 +105,13 @@ class World(RuleBasedStateMachine):
         self.exit_code = ExitCode.OK
         self.halts = 0
         self.happens(Tick())
+        if chapter != "first start":
+            self.all_get_ready()
+        if chapter in ("reload", "probation"):
+            self.happens(ReloadAsked())
+        if chapter == "probation":
+            self.all_get_ready()
+            assert self.probation is not None
 
     # ------------------------------------------------------------------------------------------------ one step
 

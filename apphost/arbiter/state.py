@@ -62,6 +62,8 @@ class ArbiterState:
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any], open_channel: OpenChannel) -> ArbiterState:
         """Raises `StateError`."""
+        if not isinstance(wire, Mapping):
+            raise StateError(f"no object but a {type(wire).__name__}")
         if wire.get("v") != VERSION:
             raise StateError(f"version {wire.get('v')!r}, expected {VERSION}")
         try:
@@ -77,7 +79,7 @@ class ArbiterState:
                 own_sockets={path: (int(dev), int(ino)) for path, (dev, ino) in wire["own_sockets"].items()},
                 pidfile=(str(pidfile[0]), int(pidfile[1])) if pidfile is not None else None,
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as exc:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as exc:
             raise StateError(f"{type(exc).__name__}: {exc}") from None
 
 

@@ -158,7 +158,7 @@ def read_state(fd: int, open_channel: OpenChannel) -> ArbiterState:
         if size > _STATE_MAX:
             raise StateError(f"{size} bytes")
         wire = json.loads(os.pread(fd, size, 0))
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:  # the latter for deep nesting
         raise StateError(str(exc)) from None
     return ArbiterState.from_wire(wire, open_channel)
 

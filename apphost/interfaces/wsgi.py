@@ -174,7 +174,8 @@ class WsgiRequest:
         else:
             if self.gone:
                 interface.pool.post(self._fail)
-        interface.errors.flush()
+        if interface.errors.unfinished:
+            interface.errors.flush()
 
     def _call(self) -> None:
         interface = self.interface

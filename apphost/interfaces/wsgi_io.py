@@ -148,13 +148,16 @@ class ErrorLog(io.TextIOBase):
     def __init__(self, log: Log, worker: str) -> None:
         self._log = log
         self._worker = worker
-        self._rest = threading.local()
+        self.unfinished: dict[int, str] = {}  # thread to the beginning of its line; empty, nearly always
 
     def writable(self) -> bool:
         return True
 
     def write(self, text: str, /) -> int:
-        whole, newline, self._rest.text = (getattr(self._rest, "text", "") + text).rpartition("\n")
+        thread = threading.get_ident()
+        whole, newline, rest = (self.unfinished.pop(thread, "") + text).rpartition("\n")
+        if rest:
+            self.unfinished[thread] = rest
         if newline:
             self._say(whole)
         return len(text)
@@ -164,9 +167,8 @@ class ErrorLog(io.TextIOBase):
         self._log.error(f"{self._worker}: wsgi.errors: {first}", more)
 
     def flush(self) -> None:
-        rest = getattr(self._rest, "text", "")
+        rest = self.unfinished.pop(threading.get_ident(), "")
         if rest:
-            self._rest.text = ""
             self._say(rest)
 
 

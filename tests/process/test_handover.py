@@ -1,4 +1,4 @@
-"""Connections move from old workers to new ones, in real processes: no client sees an end, a gap or a foreign answer."""
+"""Connections move from old workers to new ones, in real processes: no client sees an end or a foreign answer."""
 
 from __future__ import annotations
 
@@ -376,7 +376,8 @@ def _ask_each(people: Crowd) -> int:
             check(client.read_response("POST"), people.body)
             answered += 1
         except (AssertionError, OSError) as exc:
-            assert "nothing came within" not in str(exc), "a connection hangs"
+            if "nothing came within" in str(exc):
+                raise
     return answered
 
 
