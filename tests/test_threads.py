@@ -30,6 +30,12 @@ class MadeLoop:
     def call_soon(self, callback: Callable[[], None]) -> None:
         self.soon.append(callback)
 
+    def turn(self) -> None:
+        """The end of a turn: what was to be called soon is called."""
+        soon, self.soon = self.soon, []
+        for callback in soon:
+            callback()
+
 
 def made_pool(threads: int = 1) -> tuple[ThreadPool, Any]:
     loop = MadeLoop()
@@ -95,19 +101,21 @@ def test_a_closed_loop_is_no_error() -> None:
 
 
 def test_jobs_in_order_on_one_thread() -> None:
-    pool, _ = made_pool()
+    pool, loop = made_pool()
     seen: list[int] = []
     done = threading.Event()
     for number in range(100):
         pool.submit(lambda number=number: seen.append(number))
     pool.submit(done.set)
+    assert (len(loop.soon), seen) == (1, [])  # handed out together, at the end of the turn
+    loop.turn()
     assert done.wait(20)
     assert seen == list(range(100))
     pool.close()
 
 
 def test_busy_counts_what_is_not_finished() -> None:
-    pool, _ = made_pool(2)
+    pool, loop = made_pool(2)
     gate, running = threading.Event(), threading.Semaphore(0)
 
     def wait() -> None:
@@ -116,6 +124,7 @@ def test_busy_counts_what_is_not_finished() -> None:
 
     for _ in range(3):
         pool.submit(wait)
+    loop.turn()
     assert running.acquire(timeout=20)
     assert running.acquire(timeout=20)
     assert pool.busy == 3  # two run, one waits for a thread
@@ -123,6 +132,7 @@ def test_busy_counts_what_is_not_finished() -> None:
     assert running.acquire(timeout=20)
     ended = threading.Event()
     pool.submit(ended.set)
+    loop.turn()
     assert ended.wait(20)
     end_threads(pool)
     assert pool.busy == 0
@@ -130,7 +140,7 @@ def test_busy_counts_what_is_not_finished() -> None:
 
 def end_threads(pool: ThreadPool) -> None:
     pool.close()
-    for thread in pool._threads:
+    for thread in pool.threads:
         thread.join(20)
         assert not thread.is_alive()
 
@@ -144,15 +154,45 @@ def test_close_lets_the_jobs_before_it_finish() -> None:
     assert sorted(seen) == list(range(50))
 
 
+def test_jobs_of_one_turn_run_beside_each_other() -> None:
+    """One that waits for another must not have it waiting behind itself while threads are idle."""
+    pool, loop = made_pool(4)
+    together = threading.Barrier(4)
+    passed = threading.Semaphore(0)
+
+    def meet() -> None:
+        together.wait(20)
+        passed.release()
+
+    for _ in range(50):
+        for _ in range(4):
+            pool.submit(meet)
+        loop.turn()
+        for _ in range(4):
+            assert passed.acquire(timeout=20)
+    end_threads(pool)
+
+
+def test_no_job_is_stranded_between_a_search_and_a_sleep() -> None:
+    """A job that comes just while its only thread goes to sleep is taken all the same."""
+    pool, loop = made_pool(1)
+    ran = threading.Semaphore(0)
+    for _ in range(5000):
+        pool.submit(ran.release)
+        loop.turn()
+        assert ran.acquire(timeout=20)
+    end_threads(pool)
+
+
 def test_threads_are_daemons() -> None:
     """A thread that hangs in code of the user must not keep a worker from ending."""
     pool, _ = made_pool(2)
-    assert [(thread.daemon, thread.name) for thread in pool._threads] == [(True, "app-1"), (True, "app-2")]
+    assert [(thread.daemon, thread.name) for thread in pool.threads] == [(True, "app-1"), (True, "app-2")]
     end_threads(pool)
 
 
 def test_an_idle_thread_keeps_no_job_alive() -> None:
-    pool, _ = made_pool()
+    pool, loop = made_pool()
 
     class Job:
         def __call__(self) -> None:
@@ -163,6 +203,8 @@ def test_an_idle_thread_keeps_no_job_alive() -> None:
     weakref.finalize(job, gone.set)
     pool.submit(job)
     del job
+    loop.turn()
+    loop.soon.clear()
     gc.collect()
     assert gone.wait(20)
     end_threads(pool)

@@ -460,6 +460,8 @@ class Arbiter:
     def _end(self) -> None:
         """Nothing serves any more: let the fork servers go, and leave no process behind."""
         deadline = time.monotonic() + END_GRACE
+        if self.upgrade is not None:
+            self.upgrade.abandon()
         for server in list(self.fork_servers.values()):
             self._lose(server)
         pids = {server.pid for server in self.leaving}

@@ -56,16 +56,24 @@ class Upgrade:
             self.deadline = None
             kill(self._trial, signal.SIGKILL)
 
+    def abandon(self) -> None:
+        """The arbiter ends, and leaves no trial behind."""
+        if self._trial:
+            kill(self._trial, signal.SIGKILL)
+
     def tried(self, pid: int, status: int) -> bool:
         """A child has ended; whether it was the trial. When that has succeeded, this does not return."""
         if not self._trial or pid != self._trial:
             return False
         self._trial = 0
         self.deadline = None
+        arbiter = self._arbiter
+        if arbiter.fleet.stopping:
+            arbiter.log.info("the upgrade is dropped: this arbiter stops")
+            return True
         if status != 0:
             self._say_failed(f"the new program cannot start (its trial ended with {status})")
             return True
-        arbiter = self._arbiter
         channels = [worker.channel for worker in arbiter.workers.values()]
         channels += [server.channel for server in arbiter.fork_servers.values()]
         if any(channel.blocked for channel in channels):
@@ -102,11 +110,14 @@ class Upgrade:
 
     def _exec(self) -> None:
         """Become the new program. Raises `OSError`; then everything is as before."""
+        arbiter = self._arbiter
         state = self.state()
         fd = write_state(state)
-        self._arbiter.log.info("the upgrade begins: this program is replaced, workers go on serving")
-        # What comes meanwhile waits for the handlers of the new program.
+        arbiter.log.info("the upgrade begins: this program is replaced, workers go on serving")
+        # What comes meanwhile waits for the handlers of the new program; so must what has come and is not taken up yet.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        for number in arbiter.hub.signals():
+            os.kill(os.getpid(), number)
         descriptors = [fd, *state.descriptors]
         try:
             for each in descriptors:
