@@ -147,7 +147,7 @@ class Load:
     pause: seconds between two requests of one client.
     """
 
-    def __init__(self, address: Address, clients: int = 4, pause: float = 0.002, timeout: float = 10.0) -> None:
+    def __init__(self, address: Address, clients: int = 4, pause: float = 0.005, timeout: float = 10.0) -> None:
         self.address = address
         self.pause = pause
         self.timeout = timeout

@@ -11,6 +11,7 @@ import apphost
 from apphost.arbiter.arbiter import Arbiter
 from apphost.arbiter.pidfile import PidFile
 from apphost.arbiter.processes import WorkerProcess
+from apphost.arbiter.state import StateError
 from apphost.arbiter.upgrade import Upgrade, open_inherited, open_nothing, read_state, take_over
 from apphost.arbiter.vocabulary import Event, ReloadAsked, Tick
 from apphost.errors import ExitCode
@@ -43,7 +44,11 @@ def resume(word: str) -> int:
     """
     trial = word.endswith("?")
     fd = int(word.rstrip("?"))
-    state = read_state(fd, open_nothing if trial else open_inherited)
+    try:
+        state = read_state(fd, open_nothing if trial else open_inherited)
+    except StateError as exc:
+        Log("error", "text").error(f"apphost {apphost.__version__} cannot go on where another program stopped: {exc}")
+        return ExitCode.INTERNAL
     os.close(fd)
     settings = state.settings
     source = Source.from_wire(state.source)

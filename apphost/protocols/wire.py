@@ -117,7 +117,10 @@ class Wire(asyncio.Protocol, ABC):
         self.phase = _CLOSED
         sock: socket.socket | None = self.transport.get_extra_info("socket")
         if sock is not None and sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            except OSError:
+                pass  # macOS: the client is gone already, and with it who would see the reset
         self.transport.abort()
 
     # -- time-outs

@@ -126,7 +126,6 @@ def suffer(server: Server, disaster: Disaster, serves: int) -> int:
     server.wait_line(rf"worker \d+ gen {match[1]} (could not boot|gone)|settings file", after=mark)
     said = "\n".join(server.lines(mark))
     assert len(re.findall("given up", said)) == 1
-    assert "in_apphost" not in said
     disaster.undo(server.cwd)
     return int(match[1])
 
@@ -143,7 +142,8 @@ def test_a_deploy_that_fails_is_given_up_and_nobody_notices(
 ) -> None:
     """One failure after the other, then a good deploy: it needs a second to be imported, and is taken at once."""
     timeout = ("--boot-timeout", "2.5") if group == "stuck" else ()
-    with serving(tmp_path, interface, *options(preload), *timeout) as server:
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(serving(tmp_path, interface, *options(preload), *timeout))
         with Load(server.port, clients=2, pause=0.02) as load, RawClient(server.port) as idle:
             first = check(idle.request("GET", "/"))
             for number, kind in enumerate(GROUPS[group], 2):
@@ -255,10 +255,11 @@ def test_an_edit_that_python_cannot_see_is_run(tmp_path: Path, times: str, prelo
         if times == "fixed date":
             os.utime(release, (FIXED, FIXED))
         elif before is not None:
-            later = before.st_mtime_ns // 10**9 * 10**9 + 999_999_999
+            later = before.st_mtime_ns // 10**9 * 10**9 + 998_000_000
             os.utime(release, ns=(later, later))
         if before is not None:
-            assert (before.st_size, int(before.st_mtime)) == (release.stat().st_size, int(release.stat().st_mtime))
+            after = release.stat()
+            assert (before.st_size, before.st_mtime_ns // 10**9) == (after.st_size, after.st_mtime_ns // 10**9)
 
     write_app(tmp_path, "app", site("asgi") + "\nfrom shop.release import VERSION\n")
     deploy("aaa")
@@ -283,7 +284,7 @@ def dependency(folder: Path, version: str) -> None:
 
 @pytest.fixture
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """`environment(NAME) -> site-packages` of a new virtual environment; servers run in the one that `venv` links to."""
+    """`environment(NAME) -> site-packages` of a new virtual environment; servers run in the one at `venv`."""
 
     def make(name: str) -> Path:
         folder = tmp_path / name
@@ -301,9 +302,7 @@ DEPENDS = site("asgi") + "\nfrom dep import VERSION\n"
 
 
 @each_preload
-def test_an_upgraded_dependency_is_used(
-    tmp_path: Path, environment: Callable[[str], Path], preload: bool
-) -> None:
+def test_an_upgraded_dependency_is_used(tmp_path: Path, environment: Callable[[str], Path], preload: bool) -> None:
     packages = environment("venv")
     dependency(packages, "d1")
     write_app(tmp_path / "srv", "app", DEPENDS)
