@@ -392,9 +392,13 @@ class Arbiter:
         for server in self.fork_servers.values():
             self.hub.send(server.channel, {"t": "stop_listening"})
 
+    def watch_canary(self, wid: int) -> None:
+        """Judge this worker by all of its answers, and by those that the other ones give from now on."""
+        counts = {w.wid: canary.Answers(w.requests, w.errors) for w in self.workers.values() if w.wid != wid}
+        self._canary = (wid, counts)
+
     def _canary_started(self, action: v.CanaryStarted) -> None:
-        counts = {w.wid: canary.Answers(w.requests, w.errors) for w in self.workers.values() if w.wid != action.wid}
-        self._canary = (action.wid, counts)
+        self.watch_canary(action.wid)
         self.log.info(
             f"generation {action.generation} is on probation for {action.seconds:g} s with worker {action.wid}",
             generation=action.generation,

@@ -195,3 +195,7 @@ def take_over(arbiter: Arbiter, state: ArbiterState) -> None:
     for worker in state.workers:
         arbiter.workers[worker.wid] = worker
         arbiter.listen_to_worker(worker)
+    if state.fleet.canary_until is not None:
+        for worker in state.workers:
+            if worker.generation == state.fleet.target and worker.ready_at is not None:
+                arbiter.watch_canary(worker.wid)

@@ -206,6 +206,24 @@ def test_an_upgrade_during_the_probation(tmp_path: Path) -> None:
         assert load.report.lost == []
 
 
+def test_an_upgrade_during_the_probation_forgets_no_error(tmp_path: Path) -> None:
+    """The new program judges by all that the canary has answered, also while the old one ran."""
+    with canary("asgi", folder=tmp_path, seconds=60) as server, RawClient(server.port) as old:
+        check(old.request("GET", "/"))
+        mark = on_probation(server, failing("asgi", "two"))
+        with client_of(server, "two") as client:
+            for _ in range(10):
+                assert client.request("GET", "/").status == 500
+            server.signal(signal.SIGUSR2)
+            server.wait_line("upgraded: ", after=mark)
+            write_app(tmp_path, "app", site("asgi", "three"))
+            for _ in range(10):
+                assert client.request("GET", "/").status == 500
+            server.wait_line("generation 2 given up: its canary answered 2[0-9] of ", after=mark)
+            server.wait_line("generation 3 is on probation", after=mark)
+        assert check(old.request("GET", "/")).version == "one"
+
+
 # ------------------------------------------------------------------------------------------------- the ready probe
 
 
