@@ -28,9 +28,10 @@ from apphost.arbiter.processes import (
     reap,
     start_fork_server,
 )
-from apphost.arbiter.reports import Report, who
+from apphost.arbiter.reports import Report, fleet_config, who
 from apphost.arbiter.upgrade import Upgrade
 from apphost.errors import ExitCode
+from apphost.lifecycle import State
 from apphost.logs import Log
 from apphost.messages import DUMP_SIGNAL, MAX_FDS, Channel, Message
 from apphost.settings import Loaded, Settings, Source, restart_needed
@@ -48,18 +49,6 @@ _SIGNALS: dict[signal.Signals, v.Event] = {
     signal.SIGTTIN: v.ScaleAsked(+1),
     signal.SIGTTOU: v.ScaleAsked(-1),
 }
-
-
-def fleet_config(settings: Settings) -> v.Config:
-    return v.Config(
-        size=settings.workers,
-        boot_timeout=settings.boot_timeout,
-        timeout=settings.timeout,
-        graceful_timeout=settings.graceful_timeout,
-        stop_timeout=settings.stop_timeout,
-        shutdown_delay=settings.shutdown_delay,
-        canary=settings.canary,
-    )
 
 
 class Arbiter:
@@ -266,6 +255,7 @@ class Arbiter:
         settings = server.settings if server is not None and server.settings is not None else self.settings
         self._feed(v.WorkerReady(worker.wid, fleet_config(settings)))
         self._adopt_settings(settings, worker.generation)
+        self._introduce(worker)
         if self._on_ready is not None:
             self._on_ready(worker)
 
@@ -286,16 +276,9 @@ class Arbiter:
         worker = self.workers.get(wid)
         if worker is None:
             return
-        olds = [(self.workers[old], counts) for old, counts in before.items() if old in self.workers]
-        old = canary.Answers(
-            sum(w.requests - counts.all for w, counts in olds), sum(w.errors - counts.errors for w, counts in olds)
-        )
-        new = canary.Answers(worker.requests, worker.errors)
-        if canary.fails(new, old):
-            why = (
-                f"its canary answered {new.errors} of {new.all} requests with 5xx ({new.share:.0%}), the old workers "
-                f"{old.errors} of {old.all} ({old.share:.0%})"
-            )
+        now = {old: canary.Answers(w.requests, w.errors) for old, w in self.workers.items()}
+        why = canary.verdict(now[wid], before, now)
+        if why:
             self._failures.setdefault(worker.generation, Failure(why, "", ExitCode.APPLICATION))
             self._feed(v.CanaryFailed(worker.generation))
 
@@ -384,6 +367,20 @@ class Arbiter:
         with theirs:
             self.hub.send(successor.channel, {"t": "adopt", "from": wid}, [theirs.fileno()])
         return ours
+
+    def _introduce(self, worker: WorkerProcess) -> None:
+        """Tell the workers that drain of one more successor: those that they know may drain before they are done."""
+        if self.fleet.stopping or worker.generation > self.fleet.good:
+            return
+        for wid, known in self.fleet.workers.items():
+            draining = self.workers.get(wid)
+            if draining is None or known.state is not State.DRAINING or known.killed or draining.failure is not None:
+                continue
+            try:
+                with self._channel_to(worker, wid) as sock:
+                    self.hub.send(draining.channel, {"t": "successor"}, [sock.fileno()])
+            except OSError as exc:
+                self.log.warning(f"{draining.name} has one successor less: {exc.strerror}", **who(draining))
 
     def _stop_listening(self, _action: v.StopListening) -> None:
         """From now on the workers decide how long connections are accepted, each closing its own copy in the end."""

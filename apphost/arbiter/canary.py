@@ -8,6 +8,7 @@ some twenty requests. (It also fails when it ends or stops beating; the fleet se
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 ANSWERS_MIN = 20
@@ -29,3 +30,16 @@ class Answers(NamedTuple):
 def fails(new: Answers, old: Answers) -> bool:
     """Whether the canary's answers, beside those of the old workers, say that it must go."""
     return new.all >= ANSWERS_MIN and new.errors >= ERRORS_MIN and new.share > 2 * old.share + MARGIN
+
+
+def verdict(new: Answers, before: Mapping[int, Answers], now: Mapping[int, Answers]) -> str:
+    """Why the canary fails, empty while it does not. `before` and `now`: the old workers' counts by wid, at the
+    canary's start and at present; one that has gone meanwhile does not count."""
+    gone_on = [(now[wid], counts) for wid, counts in before.items() if wid in now]
+    old = Answers(sum(n.all - b.all for n, b in gone_on), sum(n.errors - b.errors for n, b in gone_on))
+    if not fails(new, old):
+        return ""
+    return (
+        f"its canary answered {new.errors} of {new.all} requests with 5xx ({new.share:.0%}), the old workers "
+        f"{old.errors} of {old.all} ({old.share:.0%})"
+    )

@@ -1,4 +1,4 @@
-"""What the arbiter says about its processes: the words, and how loud. Pure."""
+"""What the arbiter says about its processes, and what it tells the fleet of the settings. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import signal
 from typing import Any, NamedTuple
 
 from apphost.arbiter.processes import Failure, WorkerProcess
-from apphost.arbiter.vocabulary import Reason
+from apphost.arbiter.vocabulary import Config, Reason
 from apphost.errors import ExitCode
 from apphost.settings import Settings
 
@@ -81,3 +81,15 @@ def given_up(generation: int, keeping: int, failure: Failure | None) -> Report:
         else "The reload that was asked for meanwhile is tried"
     )
     return Report("error", f"generation {generation} given up: {why}. {what_now}")
+
+
+def fleet_config(settings: Settings) -> Config:
+    return Config(
+        size=settings.workers,
+        boot_timeout=settings.boot_timeout,
+        timeout=settings.timeout,
+        graceful_timeout=settings.graceful_timeout,
+        stop_timeout=settings.stop_timeout,
+        shutdown_delay=settings.shutdown_delay,
+        canary=settings.canary,
+    )

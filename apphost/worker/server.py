@@ -54,6 +54,7 @@ class Server:
         self.sender: Sender | None = None  # to the successors, while draining
         self.receivers: set[Receiver] = set()  # from workers that drain
         self.drained = asyncio.Event()
+        self._stopping = False  # the drain is for a stop: nobody takes our connections
         self._tick_handle: asyncio.TimerHandle | None = None
         self._recycling = Recycling(self.settings, loop.time())
 
@@ -228,6 +229,12 @@ class Server:
             welcome = self._welcome
             receiver = Receiver(self.loop, self.log, self.context, sockets[0], welcome, self.receivers.discard)
             self.receivers.add(receiver)
+        elif message["t"] == "successor":
+            if self.state is State.DRAINING and not self._stopping:
+                self._move_connections(sockets)
+            else:
+                for sock in sockets:
+                    sock.close()
 
     def _welcome(self) -> bool:
         """Whether a connection of another worker may come here."""
@@ -255,17 +262,21 @@ class Server:
             self.context.draining = True
             for acceptor in self.acceptors:
                 acceptor.stop(take_rest=not successors)
-        if successors and not stopping and self.sender is None:
+        self._stopping = self._stopping or stopping
+        if successors and not self._stopping:
             self._move_connections(successors)
-        elif stopping or self.sender is None:
+        elif self._stopping or self.sender is None:
             self._end_connections(stopping)
         self.loop.call_at(self.deadline, self.drained.set)
         self._check_drained()
 
     def _move_connections(self, successors: Sequence[socket.socket]) -> None:
-        self.sender = Sender(self.loop, self.log, self.assignment.name, lambda: self._end_connections(False))
+        """These take our connections; also those that come later, when the first ones may be draining themselves."""
+        if self.sender is None:
+            self.sender = Sender(self.loop, self.log, self.assignment.name, lambda: self._end_connections(False))
         for sock in successors:
             self.sender.add(sock)
+        self.context.closing = False
         self.context.on_idle = self.sender.offer
         for connection in list(self.context.connections):
             self.sender.offer(connection)

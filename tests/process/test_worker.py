@@ -194,22 +194,22 @@ def test_a_worker_that_ends_itself_is_replaced(tmp_path: Path, interface: str) -
 
 FORKING = """
 if os.fork() == 0:
-    # A helper process of the application, which has copies of every descriptor of the worker.
+    # A side process of the application, which has copies of every descriptor of the worker.
     try:
-        while not os.path.exists("end-helper"):
+        while not os.path.exists("end-side"):
             time.sleep(0.02)
     finally:
         os._exit(0)
 """
 
 
-def test_a_helper_of_the_application_does_not_hide_a_death(tmp_path: Path) -> None:
+def test_a_side_process_of_the_application_does_not_hide_a_death(tmp_path: Path) -> None:
     """It holds the channel of the worker open, so the channel does not end with the worker."""
     with serving(tmp_path, "asgi", extra=FORKING) as server:
         os.kill(server.worker_pids()[0], signal.SIGKILL)
         server.wait_line("worker 1 gen 1 gone: died of SIGKILL", 5)
         server.wait_line("worker 2 gen 1 ready", 5)
-        (tmp_path / "end-helper").touch()
+        (tmp_path / "end-side").touch()
 
 
 def test_the_reason_of_a_failed_boot_comes_whole_however_long(tmp_path: Path) -> None:
