@@ -173,7 +173,7 @@ class LegacyClass:
         (functools.partial(wsgi_with_more, option=2), "wsgi"), (WsgiMethod().serve, "wsgi"), (WsgiClass, "wsgi"),
         (anything, "wsgi"), (dict.fromkeys, "wsgi"), (legacy, "asgi2"), (LegacyClass, "asgi2"),
     ],
-    ids=lambda value: getattr(value, "__name__", None) or str(value),
+    ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", None) or type(value).__name__,
 )  # fmt: skip
 def test_detect(app: Any, expected: str) -> None:
     """G, A1"""
