@@ -139,7 +139,7 @@ class Spawn:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """Tell a worker to finish within `seconds` and go; `successors` are the ready workers of newer code."""
+    """Tell a worker to finish within `seconds` and go; `successors` are the ready workers that take its connections."""
 
     wid: int
     seconds: float
@@ -184,7 +184,7 @@ class GenerationComplete:
 
 @dataclass(frozen=True, slots=True)
 class GenerationGivenUp:
-    """This generation never became ready; `keeping` goes on serving."""
+    """This generation was not proven; `keeping` goes on serving."""
 
     generation: int
     keeping: int
