@@ -51,7 +51,7 @@ OWN_LIBRARIES = ("h11", "httptools", "uvloop", "wsproto", "click")
 
 _FRAME = re.compile(r'^[\s|+]*File "([^"]+)", line \d+')
 _BOOTING = re.compile(r"worker (\d+) gen (\d+) booting, pid (\d+)")
-_GONE = re.compile(r"worker (\d+) gen (\d+) gone\b")
+_GONE = re.compile(r"worker (\d+) gen (\d+) (?:gone|could not boot)\b")
 _PORT = re.compile(r"listening at https?://\S*:(\d+)")
 
 
@@ -69,14 +69,16 @@ _mtimes: dict[Path, float] = {}
 
 
 def write_app(directory: Path | str, name: str, source: str) -> Path:
-    """Write the module `name` (dots make packages of folders) and return its path.
+    """Write the module `name` (dots make packages of folders), in one step as a deploy should, and return its path.
 
     A rewritten module always gets a later mtime: Python trusts a cached .pyc by whole seconds and size, and a test that
     deploys twice in a second would run old code.
     """
     path = Path(directory).joinpath(*name.split(".")).with_suffix(".py")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(source, encoding="utf-8")
+    whole = path.with_suffix(".new")
+    whole.write_text(source, encoding="utf-8")
+    whole.replace(path)
     if path in _mtimes:
         _mtimes[path] = max(time.time(), _mtimes[path] + 2)
         os.utime(path, (_mtimes[path], _mtimes[path]))

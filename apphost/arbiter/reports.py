@@ -74,7 +74,7 @@ def complete(generation: int, settings: Settings, size: int, seconds: float) -> 
 
 
 def given_up(generation: int, keeping: int, failure: Failure | None) -> Report:
-    why = failure.message if failure else "it could not boot"
+    why = failure.message.removesuffix(".") if failure else "it could not boot"
     what_now = (
         f"Generation {keeping} keeps serving; mend the new code or settings and reload again"
         if keeping
