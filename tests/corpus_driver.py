@@ -15,7 +15,7 @@ from apphost.interfaces.asgi import AsgiInterface
 from apphost.logs import Log
 from apphost.protocols.base import HeadParser
 from apphost.protocols.context import Context
-from apphost.protocols.h11_parser import H11Parser
+from apphost.protocols.h11_parser import H11Parser, read_with_connection
 from apphost.protocols.http1 import Connection
 from apphost.protocols.strict import Limits
 from tests.corpus import Outcome, Response, Seen
@@ -27,6 +27,8 @@ SLOW_TURNS = 12  # that a slow application lets pass before it answers
 def make_parser(name: str) -> HeadParser:
     if name == "h11":
         return H11Parser()
+    if name == "h11 documented":
+        return H11Parser(read_with_connection)
     from apphost.protocols.httptools_parser import HttptoolsParser
 
     return HttptoolsParser()

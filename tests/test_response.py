@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apphost.protocols.base import ResponseError
+from apphost.protocols import strict
+from apphost.protocols.base import RequestHead, ResponseError
+from apphost.protocols.exchange import Exchange
 from apphost.protocols.response import (
     Framing,
     ResponseHead,
@@ -332,3 +334,60 @@ def test_wrong_length() -> None:
     assert isinstance(wrong_length(3), ResponseError)
     assert "3 bytes missing" in str(wrong_length(3))
     assert "2 bytes too many" in str(wrong_length(-2))
+
+
+@given(
+    status=st.sampled_from([200, 201, 204, 206, 301, 304, 404, 500, 799]),
+    method=st.sampled_from(["GET", "HEAD", "POST"]),
+    version=st.sampled_from(["1.0", "1.1"]),
+    fields=st.lists(
+        st.sampled_from(
+            [(b"content-length", b"5"), (b"Content-Type", b"a/b"), (b"connection", b"close"), (b"connection", b"x"),
+             (b"date", b"now"), (b"Server", b"me"), (b"transfer-encoding", b"chunked"), (b"x-list", b"1")]
+        ),
+        unique=True,
+    ),
+    keep_alive=st.booleans(),
+)  # fmt: skip
+def test_the_short_way_of_a_response_in_one_piece_is_the_long_way(
+    status: int, method: str, version: str, fields: list[tuple[bytes, bytes]], keep_alive: bool
+) -> None:
+    """What `Exchange.write` sends at once for a plain response is what framing and head by their rules come to."""
+    body = b"12345"
+    expected, unplain = (_written(status, method, version, fields, keep_alive, body, plain) for plain in (True, False))
+    assert expected == unplain
+
+
+def _written(
+    status: int,
+    method: str,
+    version: str,
+    fields: list[tuple[bytes, bytes]],
+    keep_alive: bool,
+    body: bytes,
+    plain: bool,
+) -> tuple[bytes, bool, int]:
+    class Wire:
+        context = type("Context", (), {"closing": False, "server_fields": ServerFields(date=False, server=True)})()
+        scheme, client, server, connected = "http", None, ("a", 1), True
+
+        def __init__(self) -> None:
+            self.out = b""
+            self.transport = self
+
+        def write(self, data: bytes) -> None:
+            self.out += data
+
+        def response_done(self, exchange: Exchange) -> None:
+            assert exchange.complete
+
+    wire = Wire()
+    head = RequestHead(method, b"/", version, [(b"host", b"a")])
+    strict.examine(head)
+    head.keep_alive = keep_alive
+    exchange = Exchange(cast(Any, wire), head, None)
+    response = ResponseHead(status, fields)
+    response.plain = response.plain and plain
+    exchange.start(response)
+    exchange.write(body, False)
+    return wire.out, exchange.keep_alive, exchange.sent

@@ -21,8 +21,18 @@ Receive = Callable[[], Awaitable[Event]]
 Send = Callable[[Event], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Coroutine[Any, Any, Any]]
 
+_TASK_NAME = "request"  # without a name asyncio makes one up, which takes 0.2 us
+
 # From 3.12 on a task can take its first step at once; most applications answer in that step and never meet the loop.
-_EAGER: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
+if sys.version_info >= (3, 12):
+
+    def _start(coroutine: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop) -> asyncio.Task[None]:
+        return asyncio.Task(coroutine, loop=loop, name=_TASK_NAME, eager_start=True)
+
+else:
+
+    def _start(coroutine: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop) -> asyncio.Task[None]:
+        return asyncio.Task(coroutine, loop=loop, name=_TASK_NAME)
 
 
 class AsgiInterface:
@@ -50,18 +60,13 @@ class AsgiInterface:
         self.worker = worker
 
     def handle(self, stream: Stream) -> AsgiRequest:
-        request = AsgiRequest(self, stream)
-        self.active.add(request)
-        request.task = asyncio.Task(request.run(), loop=self.loop, **_EAGER)
-        return request
+        return AsgiRequest(self, stream)
 
 
 class AsgiRequest:
     """One call of the application: a `Handler` to the stream, `receive` and `send` to the application."""
 
     __slots__ = ("body_done", "gone", "interface", "started", "stream", "task", "wakeup")
-
-    task: asyncio.Task[None]
 
     def __init__(self, interface: AsgiInterface, stream: Stream) -> None:
         self.interface = interface
@@ -70,6 +75,8 @@ class AsgiRequest:
         self.gone = False  # the client has ended its side
         self.started = False  # the application has given a good http.response.start
         self.wakeup: asyncio.Event | None = None  # made when somebody must wait, for body, writability or the end
+        interface.active.add(self)
+        self.task = _start(self.run(), interface.loop)
 
     # -- Handler
 
@@ -168,7 +175,8 @@ class AsgiRequest:
                 raise ClientDisconnected("the client has closed the connection")
             stream.write(body, more)
             if not more:
-                self._wake()
+                if self.wakeup is not None:
+                    self._wake()
             elif not stream.writable:
                 await self._drained()
         elif kind == "http.response.start":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import TracebackType
 from typing import Any, cast
 
@@ -209,10 +210,19 @@ class WsgiRequest:
             return
         for block in result:
             if block or not isinstance(block, bytes):  # the latter for the complaint
-                self.emit(block)
+                if self._is_whole(block):
+                    self._respond_at_once(block)
+                else:
+                    self.emit(block)
             if self.gone:
                 return
         self._finish()
+
+    def _is_whole(self, block: bytes) -> bool:
+        """Whether it is all of the body: frameworks wrap the one block that they have."""
+        if self.headers_sent or type(block) is not bytes:
+            return False
+        return self.response is not None and self.response.content_length == len(block)
 
     def _respond_at_once(self, block: bytes) -> None:
         if not isinstance(block, bytes):
@@ -220,7 +230,7 @@ class WsgiRequest:
         head = self._started()
         fitting = self._clip(head, block)
         self.headers_sent = True
-        self.interface.pool.post(lambda: self._send(head, fitting, False))
+        self.interface.pool.post(partial(self._send, head, fitting, False))
         if len(fitting) < len(block):
             raise TooLong(head.content_length)
 
@@ -242,7 +252,7 @@ class WsgiRequest:
         with self._space:
             self._unsent += len(fitting)
         more = self._left != 0
-        self.interface.pool.post(lambda: self._send(head, fitting, more))
+        self.interface.pool.post(partial(self._send, head, fitting, more))
         if len(fitting) < len(block):
             raise TooLong(response.content_length)
         with self._space:
@@ -254,8 +264,8 @@ class WsgiRequest:
     def _finish(self) -> None:
         if not self.headers_sent:
             self._respond_at_once(b"")
-        else:
-            self.interface.pool.post(lambda: self._send(None, b"", False))
+        elif self._left != 0:  # else the last block has ended it
+            self.interface.pool.post(partial(self._send, None, b"", False))
 
     def _clip(self, head: ResponseHead, block: bytes) -> bytes:
         """What of `block` still fits the Content-Length: PEP 3333 has the server stop there."""
@@ -305,7 +315,7 @@ class WsgiRequest:
             self.gone = True
         if not more:
             self.interface.active.discard(self)
-        if stream.writable or self.gone or stream.complete:
+        if self._space is not None and (stream.writable or self.gone or stream.complete):
             self._give_space(len(block))
 
     def _give_space(self, size: int) -> None:

@@ -39,7 +39,7 @@ class ResponseError(RuntimeError):
 class RequestHead:
     """The head of one request.
 
-    The parser gives the first four; `strict.examine` adds the rest, after which the head is not changed any more.
+    `strict.examine` adds all but the first four, after which the head is not changed any more.
 
     method: as sent, `str`, a token (RFC 9110, 5.6.2).
     target: as sent, `bytes`, visible ASCII.
@@ -86,18 +86,19 @@ class RequestHead:
 
 
 class HeadParser(Protocol):
-    """Turns one complete, raw request head into a `RequestHead`.
+    """Reads the fields out of one complete, raw request head.
 
     A parser is found by its name in the entry point group `apphost.parsers`; the factory is called without arguments,
     once per worker, and the object serves all connections of that worker, one head at a time.
     """
 
-    def parse(self, head: bytes) -> RequestHead:
-        """Parse `head`: request line, field lines and the empty line, all ended by CRLF, and not a byte more.
+    def parse(self, head: bytes) -> Headers:
+        """The fields of `head`: (lower-case name, value without surrounding white space), in order, all of them.
 
-        `strict.check_raw` has passed it already, so syntax, sizes and control bytes are in order; a parser that still
-        finds fault raises `BadRequest`, and `strict.read` reads the head in its place. It must not keep state between
-        calls: after any outcome the next head stands on its own.
+        It is given request line, field lines and the empty line, all ended by CRLF, and not a byte more.
+        `strict.check_raw` has passed it, and has the request line, so syntax, sizes and control bytes are in order; a
+        parser that still finds fault raises `BadRequest`, and `strict.split_fields` takes its place. It must not
+        keep state between calls: after any outcome the next head stands on its own.
         """
         ...
 

@@ -162,9 +162,26 @@ class Exchange(Stream):
         self.progress = _HELD
 
     def write(self, data: bytes, more: bool) -> None:
-        size = len(data)
         progress = self.progress
+        size = len(data)
         if progress is _HELD:
+            response = self._response
+            head = self.head
+            # What most responses are: all in one piece, and nothing special about the head, the request or the
+            # connection. All that `_decide` and `_finish_head` would find out is known then.
+            if (
+                not more
+                and response.plain
+                and (response.content_length is None or response.content_length == size)
+                and self.keep_alive
+                and self.decoder is None
+                and size <= COPY_MAX
+                and head.version == "1.1"
+                and head.method != "HEAD"
+                and not self.context.closing
+            ):
+                self._write_whole(response, data, size)
+                return
             known = None if more else size
             self._decide(known)
         elif progress is not _BODY:
@@ -185,6 +202,18 @@ class Exchange(Stream):
             self._write_body(out, data, size, more)
         if not more:
             self._done()
+
+    def _write_whole(self, response: ResponseHead, data: bytes, size: int) -> None:
+        extra = self.context.server_fields.both
+        if response.content_length is None:
+            out = b"%bcontent-length: %d\r\n%b\r\n%b" % (response.text, size, extra, data)
+        else:
+            out = b"%b%b\r\n%b" % (response.text, extra, data)
+        self.sent = size
+        self.progress = _DONE
+        self.handler = _NOBODY
+        self.connection.transport.write(out)
+        self.connection.response_done(self)
 
     def _done(self) -> None:
         self.progress = _DONE

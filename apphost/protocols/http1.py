@@ -27,6 +27,7 @@ from apphost.protocols.context import Context
 from apphost.protocols.deadlines import NEVER
 from apphost.protocols.exchange import DISCARD_MAX, HIGH_WATER, Exchange
 from apphost.protocols.response import error_response
+from apphost.protocols.strict import METHODS, UNDERSCORE, VERSIONS, check_raw, examine
 from apphost.protocols.wire import Phase, Wire
 
 BUFFER_MAX = 65536  # bytes of pipelined requests that wait for their turn before reading pauses
@@ -98,12 +99,6 @@ class Connection(Wire):
         if self.eof and self.phase is _WAITING:
             _BEHAVIOUR[self.phase].eof(self)
 
-    def data_received(self, data: bytes) -> None:
-        if self.phase is _WAITING:
-            self._take_head(data)
-        else:
-            _BEHAVIOUR[self.phase].data(self, data)
-
     def eof_received(self) -> bool:
         """The client has ended its side. It may still read (RFC 9112, 9.6), so what was asked for is answered."""
         self.eof = True
@@ -142,8 +137,12 @@ class Connection(Wire):
 
     # -- request heads
 
-    def _take_head(self, data: bytes) -> None:
-        """Bytes while no request is in progress: begin one if its head is complete."""
+    def data_received(self, data: bytes) -> None:
+        """Bytes of the client; while no request is in progress, begin one if its head is complete."""
+        phase = self.phase
+        if phase is not _WAITING and phase is not _HEAD:
+            _BEHAVIOUR[phase].data(self, data)
+            return
         if self.buffer:
             data = self.buffer + data
         if self.write_paused:  # the client pipelines without reading the answers
@@ -152,27 +151,43 @@ class Connection(Wire):
         if data[0] == 0x0D and (leading := _LEADING_CRLF.match(data)) is not None:
             data = data[leading.end() :]
             self.scanned = 0
-        end = data.find(b"\r\n\r\n", self.scanned)
-        if end < 0:
+        end = data.find(b"\r\n\r\n", self.scanned) + 4
+        if end < 4:
             self._take_partial(data)
             return
+        raw, rest = (data, b"") if end == len(data) else (data[:end], data[end:])
         self.buffer = b""
         self.scanned = 0
-        end += 4
+        context = self.context
         try:
-            head = self._parse(data[:end])
+            method, target, version = check_raw(raw, context.limits)
+            try:
+                headers = context.parser.parse(raw)
+            except BadRequest:
+                headers = strict.split_fields(raw)
+            head = RequestHead(METHODS.get(method) or method.decode("ascii"), target, VERSIONS[version], headers)
+            examine(head, context.underscores if UNDERSCORE in raw else "allow")
             decoder = None
-            if head.chunked or head.content_length:
-                decoder = decoder_for(head.content_length, head.chunked, self.context.limits)
+            if head.content_length or head.chunked:
+                decoder = decoder_for(head.content_length, head.chunked, context.limits)
             exchange = Exchange(self, head, decoder)
-            rest = data[end:]
-            if decoder is not None and rest:
+            if rest and decoder is not None:
                 rest = exchange.feed(rest)
         except BadRequest as refusal:
             self.refuse(refusal)
             return
         self.buffer = rest
-        self._begin(exchange)
+        self.exchange = exchange
+        self.phase = _BUSY
+        self.requests += 1
+        self.read_deadline = NEVER
+        if decoder is not None:
+            self._mind_body(exchange)
+        if context.access_log is not None:
+            exchange.started_at = time.perf_counter()
+        handler = context.interface.handle(exchange)
+        if not exchange.complete:  # an application may answer at once
+            exchange.handler = handler
 
     def _take_partial(self, data: bytes) -> None:
         self.buffer = data
@@ -190,34 +205,6 @@ class Connection(Wire):
         elif self.phase is _WAITING:
             self.phase = _HEAD
             self._arm(self.context.loop.time() + self.context.timeouts.request_header)
-
-    def _parse(self, raw: bytes) -> RequestHead:
-        """A head that has passed every check. Raises `BadRequest`."""
-        context = self.context
-        limits = context.limits
-        strict.check_raw(raw, limits)
-        if len(raw) > limits.head:
-            raise BadRequest(431, "the request head is too large")
-        try:
-            head = context.parser.parse(raw)
-        except BadRequest:
-            head = strict.read(raw)
-        strict.examine(head, context.underscores)
-        return head
-
-    def _begin(self, exchange: Exchange) -> None:
-        context = self.context
-        self.exchange = exchange
-        self.phase = _BUSY
-        self.requests += 1
-        self.read_deadline = NEVER
-        if exchange.decoder is not None:
-            self._mind_body(exchange)
-        if context.access_log is not None:
-            exchange.started_at = time.perf_counter()
-        handler = context.interface.handle(exchange)
-        if not exchange.complete:  # an application may answer at once
-            exchange.handler = handler
 
     # -- request bodies
 
@@ -271,6 +258,8 @@ class Connection(Wire):
             self.linger()
             return
         if exchange.body_complete:
+            self.exchange = None
+            self.phase = _WAITING
             self._next()
         elif exchange.buffered > DISCARD_MAX:
             self.linger()
@@ -306,7 +295,12 @@ class Connection(Wire):
         if not exchange.keep_alive:
             self.linger()
         elif exchange.decoder is None or exchange.decoder.done:
-            self._next()
+            # Ready for the next request.
+            self.exchange = None
+            self.phase = _WAITING
+            self._arm(context.loop.time() + context.keep_alive)
+            if self.buffer or self.eof or self.read_paused or context.on_idle is not None:
+                self._next()
         else:
             self.phase = _DISCARDING
             exchange.buffered = 0
@@ -349,7 +343,7 @@ class Connection(Wire):
     def _pump(self) -> None:
         if (self.phase is _WAITING or self.phase is _HEAD) and self.buffer and not self.write_paused:
             data, self.buffer = self.buffer, b""
-            self._take_head(data)
+            self.data_received(data)
             if self.eof:  # that came before this request began
                 _BEHAVIOUR[self.phase].eof(self)
 
@@ -443,8 +437,8 @@ class _Behaviour:
 
 
 _BEHAVIOUR = {
-    Phase.WAITING: _Behaviour(Connection._take_head, Connection._eof_idle, Connection.close),
-    Phase.HEAD: _Behaviour(Connection._take_head, Connection._eof_idle, Connection._timeout_head),
+    Phase.WAITING: _Behaviour(Connection.data_received, Connection._eof_idle, Connection.close),
+    Phase.HEAD: _Behaviour(Connection.data_received, Connection._eof_idle, Connection._timeout_head),
     Phase.BUSY: _Behaviour(Connection._take_busy, Connection._eof_busy, Connection._timeout_body),
     Phase.DISCARDING: _Behaviour(Connection._discard, Connection.close, Connection.linger),
     Phase.MOVING: _Behaviour(Connection._keep_moving, Connection._ignore, Connection._ignore),

@@ -23,19 +23,21 @@ class Framing(enum.Enum):
     CLOSE = enum.auto()  # the end of the connection: HTTP/1.0 without a length
 
 
-class Field(enum.IntEnum):
+class Field(enum.Enum):
     """Fields of a response that the server itself must understand; PLAIN ones pass as they are."""
 
-    PLAIN = 0
-    CONTENT_LENGTH = 1
-    TRANSFER_ENCODING = 2
-    CONNECTION = 3
-    DATE = 4
-    SERVER = 5
+    PLAIN = enum.auto()
+    CONTENT_LENGTH = enum.auto()
+    TRANSFER_ENCODING = enum.auto()
+    CONNECTION = enum.auto()
+    DATE = enum.auto()
+    SERVER = enum.auto()
 
 
 # Looking a member up in its enum costs 0.1 us before Python 3.12.
-_CONTENT_LENGTH, _CONNECTION, _DATE, _SERVER = Field.CONTENT_LENGTH, Field.CONNECTION, Field.DATE, Field.SERVER
+_PLAIN, _CONTENT_LENGTH, _CONNECTION, _DATE, _SERVER = (
+    Field.PLAIN, Field.CONTENT_LENGTH, Field.CONNECTION, Field.DATE, Field.SERVER
+)  # fmt: skip
 _NONE, _LENGTH, _CHUNKED, _CLOSE = Framing.NONE, Framing.LENGTH, Framing.CHUNKED, Framing.CLOSE
 
 _SPECIAL = {
@@ -45,20 +47,26 @@ _SPECIAL = {
     b"date": Field.DATE,
     b"server": Field.SERVER,
 }
-_SPLITTING = "a header value contains CR, LF or NUL"
-_KNOWN: dict[bytes, int] = {}
-_KNOWN_MAX = 1024  # an application uses a few dozen names; a bound, so that one which makes names up costs no memory
+_SPLITS = re.compile(rb"[\r\n\0]").search
+
+# An application says the same few dozen lines again and again: these have been checked. Both are bounded, so that one
+# which makes names or values up costs no memory; a full table starts anew, so that what is in use comes to stand in it.
+_KINDS: dict[bytes, Field] = {}
+_LINES: dict[tuple[bytes, bytes], bytes] = {}
+_TABLE_MAX = 1024
+_LINE_MAX = 256  # bytes of a line that is worth keeping: longer ones are cookies and policies
 
 
-def _learn(name: bytes) -> int:
+def _learn(name: bytes) -> Field:
     """The kind of a name that has not been seen before. Raises `ValueError` or `TypeError` for what is no name."""
     if not isinstance(name, bytes):
         raise TypeError(f"a header name must be bytes, not {type(name).__name__}")
     if _NAME.fullmatch(name) is None:
         raise ValueError(f"not a header name: {name!r}")
-    kind = int(_SPECIAL.get(name.lower(), Field.PLAIN))
-    if len(_KNOWN) < _KNOWN_MAX:
-        _KNOWN[name] = kind
+    kind = _SPECIAL.get(name.lower(), _PLAIN)
+    if len(_KINDS) >= _TABLE_MAX:
+        _KINDS.clear()
+    _KINDS[name] = kind
     return kind
 
 
@@ -66,10 +74,11 @@ class ResponseHead:
     """What an application gave for the head of its response, checked and serialised as far as it can be yet.
 
     `text` is the status line and complete field lines, in the application's order and with its Content-Length; its
-    `Connection` and `Transfer-Encoding` are left out: framing is the server's business.
+    `Connection` and `Transfer-Encoding` are left out: framing is the server's business. `plain`: a body goes with it,
+    and it has no say in the connection and the server's own fields.
     """
 
-    __slots__ = ("close", "content_length", "has_date", "has_server", "status", "text")
+    __slots__ = ("close", "content_length", "has_date", "has_server", "plain", "status", "text")
 
     def __init__(self, status: int, headers: Iterable[tuple[bytes, bytes]], reason: bytes | None = None) -> None:
         """Raises `TypeError` or `ValueError` for whatever may not stand in a head; nothing was sent then."""
@@ -77,37 +86,45 @@ class ResponseHead:
         self.status = status
         self.content_length: int | None = None
         self.close = self.has_date = self.has_server = False
-        known = _KNOWN
-        for name, value in headers:
-            kind = known.get(name)
-            if kind is None:
-                kind = _learn(name)
-            if kind and not self._take_special(kind, value):
-                continue
-            lines.append(b"%b: %b\r\n" % (name, value))
-        # One look at all lines together: each has its one CRLF, so nothing in a value can have smuggled in another.
-        self.text = text = b"".join(lines)
-        if text.count(b"\n") != len(lines) or text.count(b"\r") != len(lines) or b"\0" in text:
-            raise ValueError(_SPLITTING)
+        self.plain = status >= 200 and status != 204 and status != 304
+        known = _LINES.get
+        for item in headers:
+            try:
+                line = known(item)
+            except TypeError:  # the ASGI spec allows any pair of bytes, also a list, which cannot be looked up
+                line = None
+            lines.append(self._check(*item) if line is None else line)
+        self.text = b"".join(lines)
 
-    def _take_special(self, kind: int, value: bytes) -> bool:
-        """Note what a special field says; whether its line is kept."""
-        if kind == _CONTENT_LENGTH:
-            return self._take_length(value)
-        if kind == _DATE:
+    def _check(self, name: bytes, value: bytes) -> bytes:
+        """The line of a field that stands in no table, with its CRLF; b"" when it is not sent."""
+        kind = _KINDS.get(name) or _learn(name)
+        if kind is _CONTENT_LENGTH:
+            if self.content_length is None and self.plain and value.isdigit():
+                self.content_length = int(value)
+                return b"%b: %b\r\n" % (name, value)
+            return self._take_length(name, value)
+        line = b"%b: %b\r\n" % (name, value)
+        if _SPLITS(line, len(name) + 2, len(line) - 2) is not None:
+            raise ValueError("a header value contains CR, LF or NUL")
+        if kind is _PLAIN:
+            if len(line) <= _LINE_MAX and type(value) is bytes:
+                if len(_LINES) >= _TABLE_MAX:
+                    _LINES.clear()
+                _LINES[name, value] = line
+            return line
+        self.plain = False
+        if kind is _DATE:
             self.has_date = True
-        elif kind == _SERVER:
+        elif kind is _SERVER:
             self.has_server = True
-        else:  # not sent, but it shows what the application lets through
-            value = bytes(value).lower()
-            if b"\r" in value or b"\n" in value or b"\0" in value:
-                raise ValueError(_SPLITTING)
-            if kind == _CONNECTION and b"close" in value:
+        else:  # Connection and Transfer-Encoding are the server's business
+            if kind is _CONNECTION and b"close" in bytes(value).lower():
                 self.close = True
-            return False
-        return True
+            return b""
+        return line
 
-    def _take_length(self, value: bytes) -> bool:
+    def _take_length(self, name: bytes, value: bytes) -> bytes:
         if not value.isdigit():
             value = bytes(value).strip(b" \t")
             if not value.isdigit():
@@ -116,9 +133,11 @@ class ResponseHead:
         if self.content_length is not None:
             if self.content_length != length:
                 raise ValueError("two different values for Content-Length")
-            return False
+            return b""
         self.content_length = length
-        return self.status >= 200 and self.status != 204  # RFC 9110, 8.6: there it must not be sent
+        if self.status < 200 or self.status == 204:  # RFC 9110, 8.6: there it must not be sent
+            return b""
+        return b"%b: %b\r\n" % (name, value)
 
 
 def decide_framing(modern: bool, head: ResponseHead, known_length: int | None) -> Framing:
@@ -168,6 +187,8 @@ def custom_status_line(status: int, reason: bytes) -> bytes:
         raise TypeError(f"a status must be an int, not {type(status).__name__}")
     if not 100 <= status <= 999:
         raise ValueError(f"not a status: {status}")
+    if _SPLITS(reason) is not None:
+        raise ValueError("the reason of the status contains CR, LF or NUL")
     return b"HTTP/1.1 %d %b\r\n" % (status, reason)
 
 
