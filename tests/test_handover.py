@@ -428,6 +428,35 @@ def test_what_was_refused_is_offered_again(theatre: Theatre) -> None:
     theatre(play)
 
 
+@pytest.mark.parametrize("unwilling", [1, 2, 7])
+def test_what_one_successor_refuses_goes_to_the_next_without_a_tick(theatre: Theatre, unwilling: int) -> None:
+    """A client that is idle for an instant only is not idle any more at the next tick; most successors may be draining
+    themselves when deploys come thick and fast."""
+
+    async def play(stage: Stage) -> None:
+        old, new = stage.side("old"), stage.side("new")
+        client, connection = await stage.client(old)
+        await client.ask()
+        for number in range(unwilling):
+            full = stage.side(f"full {number}")
+            full.room = False
+            stage.connect(old, full)
+        await until(lambda: not moving(connection))
+        assert old.connections == [connection]
+        stage.connect(old, new)  # a new one is asked at once
+        assert old.sender is not None
+        old.sender.offer(connection)
+        await until(lambda: new.connections and not old.connections)
+        other, _ = await stage.client(old)
+        await other.ask()
+        for successor in old.sender._successors:
+            successor.resting = False  # as after a tick: all are asked in turn
+        await until(lambda: len(new.connections) == 2 and not old.connections)
+        assert (await client.ask()).side == (await other.ask()).side == "new"
+
+    theatre(play)
+
+
 def test_the_time_of_a_connection_runs_while_it_is_offered(theatre: Theatre) -> None:
     async def play(stage: Stage) -> None:
         old, client, connection, channel, move = await one_offer(stage)

@@ -15,8 +15,9 @@ What holds at every moment, whoever dies:
 - the receiver writes nothing before the sender has written everything: only a connection without unsent bytes moves.
 
 When the receiver dies before COMMIT, or does not answer, the sender still owns the connection and serves on. When the
-sender dies before COMMIT, the receiver closes what it was given. What was refused is offered again, half a second
-later; what cannot move is drained the ordinary way.
+sender dies before COMMIT, the receiver closes what it was given. What one successor refuses (it is full, or drains
+itself) is offered to the next one at once, and half a second later to all again; what cannot move is drained the
+ordinary way.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class _Successor:
     in_flight: dict[int, _Offer] = field(default_factory=dict)  # not answered yet
     prepared: deque[tuple[int, _Offer]] = field(default_factory=deque)  # answered; COMMIT must wait for the channel
     leaving: _Offer | None = None  # its COMMIT is in the channel's queue, the last thing there
+    resting: bool = False  # it has refused something, so it is asked again only after the next tick
 
     @property
     def offers(self) -> list[_Offer]:
@@ -75,7 +77,7 @@ class Sender:
         self._on_failed = on_failed
         self._successors: deque[_Successor] = deque()
         self._queue: OrderedDict[Connection, None] = OrderedDict()  # in turn, each once
-        self._refused: set[Connection] = set()  # until the next tick
+        self._refused: set[Connection] = set()  # by all; until the next tick
         self._next_id = 1
         self.moved = 0
 
@@ -104,6 +106,8 @@ class Sender:
         for successor in list(self._successors):
             if any(now - offer.since > ANSWER_TIMEOUT for offer in successor.offers[:1]):
                 self._lose(successor, f"did not answer for {ANSWER_TIMEOUT:.0f} s")
+        for successor in self._successors:
+            successor.resting = False
         self._queue.update(dict.fromkeys(self._refused))
         self._refused.clear()
         self._pump()
@@ -128,7 +132,7 @@ class Sender:
         for _ in range(len(self._successors)):
             successor = self._successors[0]
             self._successors.rotate(-1)
-            if len(successor.in_flight) < IN_FLIGHT_MAX and not successor.channel.blocked:
+            if len(successor.in_flight) < IN_FLIGHT_MAX and not successor.channel.blocked and not successor.resting:
                 return successor
         return None
 
@@ -192,8 +196,15 @@ class Sender:
         if message["t"] == "prepared":
             successor.prepared.append((number, offer))
             self._commit(successor)
-        else:
+            return
+        successor.resting = True
+        if all(other.resting for other in self._successors):
             self._keep(offer.connection)
+        else:
+            # Before its client's next request can be read: a busy client may never be idle when the tick comes.
+            offer.connection.stay()
+            self._queue[offer.connection] = None
+            self._queue.move_to_end(offer.connection, last=False)
 
     def _commit(self, successor: _Successor) -> None:
         """Send what is due, one at a time: whether a COMMIT has left decides whose the connection is."""
