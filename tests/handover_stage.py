@@ -199,12 +199,19 @@ class Stage:
     def pair(self) -> tuple[socket.socket, socket.socket]:
         return socket.socketpair()
 
-    def connect(self, source: Side, target: Side) -> Receiver:
-        """Let `source` drain to `target`, both real."""
-        ours, theirs = self.pair()
-        receiver = target.receive_from(theirs)
-        source.drain_to(ours)
-        return receiver
+    def connect(self, source: Side, *targets: Side) -> Receiver:
+        """Let `source` drain to `targets`, all real, offering to the first one first; the receiver of the last one."""
+        ours, theirs = zip(*(self.pair() for _ in targets), strict=True)
+        receivers = [target.receive_from(sock) for target, sock in zip(targets, theirs, strict=True)]
+        source.drain_to(*ours)
+        return receivers[-1]
+
+    def full_sides(self, count: int) -> list[Side]:
+        """Workers that refuse whatever they are offered."""
+        sides = [self.side(f"full {number}") for number in range(count)]
+        for side in sides:
+            side.room = False
+        return sides
 
     def by_hand(self, side: Side) -> Channel:
         """Let `side` drain to a successor that the test plays."""

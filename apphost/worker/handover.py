@@ -43,13 +43,13 @@ ANSWER_TIMEOUT = 5.0  # s for a successor's answer; its loop answers in millisec
 @dataclass(eq=False, slots=True)
 class _Offer:
     connection: Connection
+    capsule: Capsule
     since: float  # loop time
-    size: int  # bytes of the buffer that have gone along
 
     @property
     def holds(self) -> bool:
         """Whether the successor knows all there is to know: no byte has come in spite of the pause."""
-        return self.connection.phase is Phase.MOVING and len(self.connection.buffer) == self.size
+        return self.connection.phase is Phase.MOVING and len(self.connection.buffer) == len(self.capsule.data)
 
 
 @dataclass(eq=False, slots=True)
@@ -124,7 +124,7 @@ class Sender:
     def _pump(self) -> None:
         while self._queue and (successor := self._free_successor()) is not None:
             connection, _ = self._queue.popitem(last=False)
-            if connection.movable and not self._move(connection, successor):
+            if connection.movable and not self._move(connection, connection.pack(), successor):
                 return
 
     def _free_successor(self) -> _Successor | None:
@@ -136,8 +136,7 @@ class Sender:
                 return successor
         return None
 
-    def _move(self, connection: Connection, successor: _Successor) -> bool:
-        capsule = connection.pack()
+    def _move(self, connection: Connection, capsule: Capsule, successor: _Successor) -> bool:
         number = self._next_id
         self._next_id += 1
         message = {"t": "move", "id": number, **capsule.to_wire()}
@@ -147,7 +146,7 @@ class Sender:
             self._log.debug(f"{self._name}: a connection cannot move now: {exc.strerror}")
             self._keep(connection)
             return True
-        successor.in_flight[number] = _Offer(connection, self._loop.time(), len(capsule.data))
+        successor.in_flight[number] = _Offer(connection, capsule, self._loop.time())
         if not sent:
             self._lose(successor, "is gone")
             return False
@@ -198,13 +197,12 @@ class Sender:
             self._commit(successor)
             return
         successor.resting = True
-        if all(other.resting for other in self._successors):
-            self._keep(offer.connection)
+        other = self._free_successor()
+        if other is not None and offer.holds:
+            # At once, because a client with its next request at hand may never be idle when the tick comes.
+            self._move(offer.connection, offer.capsule, other)
         else:
-            # Before its client's next request can be read: a busy client may never be idle when the tick comes.
-            offer.connection.stay()
-            self._queue[offer.connection] = None
-            self._queue.move_to_end(offer.connection, last=False)
+            self._keep(offer.connection)
 
     def _commit(self, successor: _Successor) -> None:
         """Send what is due, one at a time: whether a COMMIT has left decides whose the connection is."""
