@@ -649,10 +649,23 @@ def _details(outcome: Outcome) -> Iterator[str]:
             yield f"- {outcome.server}, {kind} ({tally.answered:,} answered): {noticed}{f' ({why})' if why else ''}"
 
 
-def put_between_markers(text: str, report: str) -> str:
+def merge(text: str, report: str, measured: Sequence[str]) -> str:
+    """`text` with `report` between the markers; lines of servers that were not `measured` this time stay."""
     before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{report}\n\n{END}{after}"
+    old, _, after = rest.partition(END)
+    kept = [line for line in old.splitlines() if _server_of(line) in CONTESTANTS and _server_of(line) not in measured]
+    lines = report.splitlines()
+    rows = [line for line in kept if line.startswith("|")] + [line for line in lines[2:] if line.startswith("|")]
+    details = [line for each in (kept, lines[2:]) for line in each if line.startswith("-")]
+    names = list(CONTESTANTS)
+    rows.sort(key=lambda line: names.index(_server_of(line)))
+    details.sort(key=lambda line: names.index(_server_of(line)))
+    table = "\n".join((*lines[:2], *rows, "", *details)).strip()
+    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+
+
+def _server_of(line: str) -> str:
+    return re.split("[,:|]", line.lstrip("|- "), maxsplit=1)[0].strip()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -664,7 +677,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=900.0, help="s that one storm takes at most (default 900)")
     parser.add_argument("--storm-only", action="store_true", help="do not measure the dip and the slow import")
     parser.add_argument("--peers-python", metavar="PATH", help="interpreter with the peers, not benchmarks/.peers")
-    parser.add_argument("--write", action="store_true", help="put the table into benchmarks/RELOADS.md")
+    parser.add_argument("--write", action="store_true", help="put the lines of these servers into benchmarks/RELOADS.md")
     options = parser.parse_args(arguments)
     names = options.server or ["apphost"]
     outcomes = []
@@ -674,7 +687,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = render(outcomes)
     print(report)
     if options.write:
-        REPORT.write_text(put_between_markers(REPORT.read_text(), report))
+        REPORT.write_text(merge(REPORT.read_text(), report, names))
     ours = [outcome for outcome in outcomes if outcome.server.startswith("apphost")]
     return int(any(outcome.failure for outcome in outcomes) or not all(outcome.total.flawless for outcome in ours))
 
