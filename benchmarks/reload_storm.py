@@ -677,7 +677,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=900.0, help="s that one storm takes at most (default 900)")
     parser.add_argument("--storm-only", action="store_true", help="do not measure the dip and the slow import")
     parser.add_argument("--peers-python", metavar="PATH", help="interpreter with the peers, not benchmarks/.peers")
-    parser.add_argument("--write", action="store_true", help="put the lines of these servers into benchmarks/RELOADS.md")
+    parser.add_argument(
+        "--write", action="store_true", help="put the lines of these servers into benchmarks/RELOADS.md"
+    )
     options = parser.parse_args(arguments)
     names = options.server or ["apphost"]
     outcomes = []
