@@ -203,11 +203,11 @@ def choose_loop(wanted: str) -> tuple[str, Any]:
 
 
 def preimport(http: str, loop: str) -> None:
-    """Import the parser and the loop, if they are there, so that workers forked later find them in memory.
+    """Import what every worker runs, parser and loop included, so that workers forked later find it in memory.
 
     What is missing is said by the worker that misses it.
     """
-    names = ["apphost.protocols.http1", "apphost.interfaces.asgi", "apphost.interfaces.wsgi"]
+    names = ["apphost.worker.main", "apphost.interfaces.asgi", "apphost.interfaces.wsgi"]
     names += ["apphost.protocols.h11_parser"] if http == "h11" else ["apphost.protocols.httptools_parser"]
     names += ["uvloop"] if loop in ("auto", "uvloop") else []
     for name in names:

@@ -245,6 +245,27 @@ def test_a_slow_upload_and_a_long_stream_go_on_over_a_reload(tmp_path: Path, fla
 
 
 @fast_flavours
+@pytest.mark.parametrize("ready", [False, True], ids=["then asks", "has asked"])
+def test_a_stream_that_outlives_three_generations_ends_at_the_newest(
+    tmp_path: Path, flavour: tuple[str, str, str], ready: bool
+) -> None:
+    """Its worker learns of every successor, and does not begin what its client has `ready` at the end of the stream."""
+    with serving(tmp_path, flavour, "--workers", "2") as (server, address), RawClient(address, 30.0) as stream:
+        stream.send(request_bytes("GET", "/stream/0.1"))
+        head = stream.read_head()
+        for version in ("two", "three", "four"):
+            deploy(server, flavour, version)
+        if ready:
+            stream.send(request_bytes("GET", "/"))
+        assert b"".join(stream.read_body(head)) == STREAMED
+        assert not announces_close(head)
+        response = stream.read_response("GET") if ready else stream.request("GET", "/", (), b"")
+        assert not announces_close(response)
+        assert check(response, b"").version == "four"
+        only(server, 2)
+
+
+@fast_flavours
 def test_pipelined_bursts_are_answered_in_order_over_reloads(tmp_path: Path, flavour: tuple[str, str, str]) -> None:
     stop = threading.Event()
     troubles: list[str] = []
