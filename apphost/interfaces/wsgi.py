@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import lru_cache, partial
 from types import TracebackType
 from typing import Any, cast
 
@@ -28,6 +28,11 @@ Application = Callable[[Environ, Callable[..., Any]], Iterable[bytes]]
 
 SMALL_BODY = 65536  # bytes; a body up to this size is gathered before a thread is taken: what the stream buffers anyway
 WINDOW = 65536  # bytes of a response that may wait for the loop before the application's thread waits too
+
+# Fields as applications give them and as bytes: most say the same ones again and again. A full table starts anew.
+_FIELDS: dict[tuple[str, str], tuple[bytes, bytes]] = {}
+FIELDS_MAX = 1024
+FIELD_MAX = 256  # characters of a field that is worth keeping
 
 # RFC 9110, 7.6.1; PEP 3333 forbids them to applications.
 HOP_BY_HOP = frozenset(
@@ -337,6 +342,7 @@ def no_bytes(block: object) -> TypeError:
     return TypeError(f"a block of the response must be bytes, not {type(block).__name__}")
 
 
+@lru_cache(maxsize=256, typed=True)
 def parse_status(status: str) -> tuple[int, bytes]:
     """`"404 Not Found"` to (404, b"Not Found"). Raises `TypeError` or `ValueError` (PEP 3333: three digits first)."""
     if not isinstance(status, str):
@@ -352,11 +358,21 @@ def encode_headers(headers: list[tuple[str, str]]) -> Headers:
     CR, LF, NUL or a malformed name, `ResponseHead` refuses for every interface."""
     if type(headers) is not list:
         raise TypeError(f"the headers must be a list, not {type(headers).__name__}")
-    encoded = []
-    for name, value in headers:
-        if not isinstance(name, str) or not isinstance(value, str):
-            raise TypeError(f"a header must be a pair of str: {(name, value)!r}")
-        if name.lower() in HOP_BY_HOP:
-            raise ValueError(f"{name!r} is a hop-by-hop header: it belongs to the server")
-        encoded.append((name.encode("latin-1"), value.encode("latin-1")))
-    return encoded
+    known = _FIELDS.get
+    try:
+        return [known(item) or _encode_field(*item) for item in headers]
+    except TypeError:  # something that is no tuple of str; this says what
+        return [_encode_field(*item) for item in headers]
+
+
+def _encode_field(name: str, value: str) -> tuple[bytes, bytes]:
+    if not isinstance(name, str) or not isinstance(value, str):
+        raise TypeError(f"a header must be a pair of str: {(name, value)!r}")
+    if name.lower() in HOP_BY_HOP:
+        raise ValueError(f"{name!r} is a hop-by-hop header: it belongs to the server")
+    field = name.encode("latin-1"), value.encode("latin-1")
+    if len(name) + len(value) <= FIELD_MAX:
+        if len(_FIELDS) >= FIELDS_MAX:
+            _FIELDS.clear()
+        _FIELDS[name, value] = field
+    return field

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterable
 from email.utils import formatdate
+from functools import lru_cache
 from http import HTTPStatus
 
 from apphost.protocols.base import ResponseError
@@ -182,6 +183,7 @@ def status_line(status: int) -> bytes:
     return line
 
 
+@lru_cache(maxsize=256, typed=True)
 def custom_status_line(status: int, reason: bytes) -> bytes:
     if not isinstance(status, int) or isinstance(status, bool):
         raise TypeError(f"a status must be an int, not {type(status).__name__}")
