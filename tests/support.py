@@ -260,6 +260,8 @@ class Server:
         except AssertionError:
             raise AssertionError(f"still running after {timeout} s\n{self.log}") from None
         assert process.returncode is not None
+        if process.returncode >= 0:
+            self._reader.join(5.0)  # its last words may not be read yet; one that was killed leaves workers that go on
         return process.returncode
 
     def check_log(self) -> None:

@@ -295,7 +295,7 @@ BROKEN = {
 @pytest.fixture(scope="module")
 def survivor(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Server]:
     """One server that all the failing deploys are tried on: it must survive them one after the other."""
-    with serving(tmp_path_factory.mktemp("survivor"), request.param, "--boot-timeout", "3") as server:
+    with serving(tmp_path_factory.mktemp("survivor"), request.param, "--boot-timeout", "6") as server:
         yield server
 
 
@@ -358,7 +358,7 @@ def test_broken_settings_keep_the_old_code_serving(tmp_path: Path, content: str,
 
 
 def test_the_old_code_serves_while_the_new_one_hangs(tmp_path: Path) -> None:
-    with serving(tmp_path, "wsgi", "--workers", "2", "--boot-timeout", "3") as server:
+    with serving(tmp_path, "wsgi", "--workers", "2", "--boot-timeout", "6") as server:
         with Load(server.port) as load:
             write_app(tmp_path, "app", BROKEN["hang"][0])
             server.reload(wait=False)
@@ -376,7 +376,7 @@ def test_the_old_code_serves_while_the_new_one_hangs(tmp_path: Path) -> None:
 def test_a_first_start_that_fails_ends_with_the_reason(tmp_path: Path, kind: str) -> None:
     source, told = BROKEN[kind]
     write_app(tmp_path, "app", source)
-    with Server("app:app", "--boot-timeout", "3", "--workers", "2", cwd=tmp_path, until=None) as server:
+    with Server("app:app", "--boot-timeout", "6", "--workers", "2", cwd=tmp_path, until=None) as server:
         assert server.wait_exit() == 3
         assert told in server.log
         assert "stopped, exit 3" in server.log
