@@ -175,8 +175,7 @@ class AsgiRequest:
                 raise ClientDisconnected("the client has closed the connection")
             stream.write(body, more)
             if not more:
-                if self.wakeup is not None:
-                    self._wake()
+                self._wake()
             elif not stream.writable:
                 await self._drained()
         elif kind == "http.response.start":

@@ -20,7 +20,7 @@ from apphost.interfaces.threads import ThreadPool
 from apphost.interfaces.wsgi_io import BodyInput, ErrorLog, FileWrapper, file_to_send, send_file
 from apphost.logs import Log, escape
 from apphost.protocols.base import ClientDisconnected, Headers, ResponseError, Stream
-from apphost.protocols.response import ResponseHead
+from apphost.protocols.response import FIELD_MAX, ResponseHead, remember
 
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType] | tuple[None, None, None]
 Environ = dict[str, Any]
@@ -29,10 +29,8 @@ Application = Callable[[Environ, Callable[..., Any]], Iterable[bytes]]
 SMALL_BODY = 65536  # bytes; a body up to this size is gathered before a thread is taken: what the stream buffers anyway
 WINDOW = 65536  # bytes of a response that may wait for the loop before the application's thread waits too
 
-# Fields as applications give them and as bytes: most say the same ones again and again. A full table starts anew.
+# Fields as applications give them and as bytes: most say the same ones again and again.
 _FIELDS: dict[tuple[str, str], tuple[bytes, bytes]] = {}
-FIELDS_MAX = 1024
-FIELD_MAX = 256  # characters of a field that is worth keeping
 
 # RFC 9110, 7.6.1; PEP 3333 forbids them to applications.
 HOP_BY_HOP = frozenset(
@@ -320,7 +318,7 @@ class WsgiRequest:
             self.gone = True
         if not more:
             self.interface.active.discard(self)
-        if self._space is not None and (stream.writable or self.gone or stream.complete):
+        if stream.writable or self.gone or stream.complete:
             self._give_space(len(block))
 
     def _give_space(self, size: int) -> None:
@@ -372,7 +370,5 @@ def _encode_field(name: str, value: str) -> tuple[bytes, bytes]:
         raise ValueError(f"{name!r} is a hop-by-hop header: it belongs to the server")
     field = name.encode("latin-1"), value.encode("latin-1")
     if len(name) + len(value) <= FIELD_MAX:
-        if len(_FIELDS) >= FIELDS_MAX:
-            _FIELDS.clear()
-        _FIELDS[name, value] = field
+        remember(_FIELDS, (name, value), field)
     return field

@@ -210,10 +210,8 @@ class Exchange(Stream):
         else:
             out = b"%b%b\r\n%b" % (response.text, extra, data)
         self.sent = size
-        self.progress = _DONE
-        self.handler = _NOBODY
         self.connection.transport.write(out)
-        self.connection.response_done(self)
+        self._done()
 
     def _done(self) -> None:
         self.progress = _DONE

@@ -166,6 +166,7 @@ class Connection(Wire):
             except BadRequest:
                 headers = strict.split_fields(raw)
             head = RequestHead(METHODS.get(method) or method.decode("ascii"), target, VERSIONS[version], headers)
+            # Most heads have no underscore anywhere, and one search of the whole is cheaper than one for each name.
             examine(head, context.underscores if UNDERSCORE in raw else "allow")
             decoder = None
             if head.content_length or head.chunked:
@@ -258,8 +259,6 @@ class Connection(Wire):
             self.linger()
             return
         if exchange.body_complete:
-            self.exchange = None
-            self.phase = _WAITING
             self._next()
         elif exchange.buffered > DISCARD_MAX:
             self.linger()
@@ -295,12 +294,7 @@ class Connection(Wire):
         if not exchange.keep_alive:
             self.linger()
         elif exchange.decoder is None or exchange.decoder.done:
-            # Ready for the next request.
-            self.exchange = None
-            self.phase = _WAITING
-            self._arm(context.loop.time() + context.keep_alive)
-            if self.buffer or self.eof or self.read_paused or context.on_idle is not None:
-                self._next()
+            self._next()
         else:
             self.phase = _DISCARDING
             exchange.buffered = 0

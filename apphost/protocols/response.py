@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
+from typing import TypeVar
 
 from apphost.protocols.base import ResponseError
 
@@ -50,12 +51,25 @@ _SPECIAL = {
 }
 _SPLITS = re.compile(rb"[\r\n\0]").search
 
-# An application says the same few dozen lines again and again: these have been checked. Both are bounded, so that one
-# which makes names or values up costs no memory; a full table starts anew, so that what is in use comes to stand in it.
+# An application says the same few dozen lines again and again: these have been checked.
 _KINDS: dict[bytes, Field] = {}
 _LINES: dict[tuple[bytes, bytes], bytes] = {}
 _TABLE_MAX = 1024
-_LINE_MAX = 256  # bytes of a line that is worth keeping: longer ones are cookies and policies
+FIELD_MAX = 256  # bytes of a field that is worth keeping: longer ones are cookies and policies
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
+
+
+def remember(table: dict[_K, _V], key: _K, value: _V) -> None:
+    """Keep what was found out about something that an application will say again.
+
+    Bounded, so that one which makes names or values up costs no memory; a full table starts anew, so that what is in
+    use comes to stand in it.
+    """
+    if len(table) >= _TABLE_MAX:
+        table.clear()
+    table[key] = value
 
 
 def _learn(name: bytes) -> Field:
@@ -65,9 +79,7 @@ def _learn(name: bytes) -> Field:
     if _NAME.fullmatch(name) is None:
         raise ValueError(f"not a header name: {name!r}")
     kind = _SPECIAL.get(name.lower(), _PLAIN)
-    if len(_KINDS) >= _TABLE_MAX:
-        _KINDS.clear()
-    _KINDS[name] = kind
+    remember(_KINDS, name, kind)
     return kind
 
 
@@ -101,18 +113,13 @@ class ResponseHead:
         """The line of a field that stands in no table, with its CRLF; b"" when it is not sent."""
         kind = _KINDS.get(name) or _learn(name)
         if kind is _CONTENT_LENGTH:
-            if self.content_length is None and self.plain and value.isdigit():
-                self.content_length = int(value)
-                return b"%b: %b\r\n" % (name, value)
             return self._take_length(name, value)
         line = b"%b: %b\r\n" % (name, value)
         if _SPLITS(line, len(name) + 2, len(line) - 2) is not None:
             raise ValueError("a header value contains CR, LF or NUL")
         if kind is _PLAIN:
-            if len(line) <= _LINE_MAX and type(value) is bytes:
-                if len(_LINES) >= _TABLE_MAX:
-                    _LINES.clear()
-                _LINES[name, value] = line
+            if len(line) <= FIELD_MAX and type(value) is bytes:
+                remember(_LINES, (name, value), line)
             return line
         self.plain = False
         if kind is _DATE:
