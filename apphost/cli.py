@@ -1,4 +1,4 @@
-"""The command line. Its options follow from the fields of `Settings`; their values stay text until `settings.load`.
+"""The command line. Its options follow from the fields of `Settings`; their values stay text until `sources.load`.
 
     apphost [run] APP      serve
     apphost check APP      load the application as a worker would, then exit
@@ -20,7 +20,8 @@ from click.core import ParameterSource
 
 import apphost
 from apphost.errors import ApphostError, ExitCode, SettingsError
-from apphost.settings import CONFIG_VARIABLE, RESUME_VARIABLE, SETTINGS, Loaded, Source
+from apphost.settings import CONFIG_VARIABLE, RESUME_VARIABLE, SETTINGS
+from apphost.sources import Loaded, Source
 from apphost.values import Setting
 
 _INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from apphost.bytecode import distrust_stale_bytecode
 from apphost.errors import ApphostError, ExitCode, PrivilegesError, SettingsError
 from apphost.messages import DUMP_SIGNAL, PROTOCOL_VERSION, Channel, Message
-from apphost.settings import Settings, Source
+from apphost.settings import Settings
+from apphost.sources import Source
 
 if TYPE_CHECKING:
     from apphost.worker.main import Assignment

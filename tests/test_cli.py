@@ -18,7 +18,8 @@ from click.testing import CliRunner
 import apphost
 from apphost import cli
 from apphost.errors import AddressError, ApphostError, ApplicationError, ExitCode
-from apphost.settings import SETTINGS, Loaded, Source
+from apphost.settings import SETTINGS
+from apphost.sources import Loaded, Source
 
 
 class Done(NamedTuple):

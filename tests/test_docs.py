@@ -16,7 +16,8 @@ from apphost.arbiter import vocabulary as v
 from apphost.arbiter.arbiter import _SIGNALS
 from apphost.cli import program
 from apphost.errors import ExitCode
-from apphost.settings import BEGIN, CONFIG_VARIABLE, ENV_PREFIX, SETTINGS, parse_file, resolve
+from apphost.settings import BEGIN, CONFIG_VARIABLE, ENV_PREFIX, SETTINGS
+from apphost.sources import parse_file, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -68,7 +68,9 @@ def part(name: str) -> str:
 
 
 # What the files of a part may import of the other parts; a part that is not named here may import anything.
-_SHARED = {"checks", "messages", "lifecycle", "settings", "values", "cpu", "errors", "logs", "sockets", "bytecode"}
+_SHARED = {
+    "checks", "messages", "lifecycle", "settings", "sources", "values", "cpu", "errors", "logs", "sockets", "bytecode"
+}  # fmt: skip
 ALLOWED = {
     "arbiter": _SHARED | {"forkserver"},
     "worker": _SHARED | {"protocols", "interfaces"},
@@ -82,6 +84,7 @@ ALLOWED = {
     "values": {"errors"},
     "sockets": {"errors"},
     "settings": {"checks", "errors", "values", "cpu", "sockets"},
+    "sources": {"settings", "errors", "values"},
 }
 
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from apphost import settings as module
 from apphost.errors import ExitCode, SettingsError
-from apphost.settings import SETTINGS, Loaded, Settings, Source, resolve
+from apphost.settings import SETTINGS, Settings
+from apphost.sources import Loaded, Source, resolve
 from apphost.values import Setting
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -492,7 +493,7 @@ def test_renewing_a_document(tmp_path: pathlib.Path) -> None:
 
 def test_the_module_drags_nothing_into_a_process() -> None:
     code = (
-        "import sys, apphost.settings as s; s.resolve({'workers': 'auto'}, {});"
+        "import sys, apphost.sources as s; s.resolve({'workers': 'auto'}, {});"
         "unwanted = {'click', 'asyncio', 'h11', 'httptools', 'ssl', 'socket', 'tomllib', 'importlib.metadata'};"
         "print(sorted(unwanted & set(sys.modules)))"
     )

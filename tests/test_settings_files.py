@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from apphost import settings as module
+from apphost import sources as module
 from apphost.errors import SettingsError
-from apphost.settings import Settings, Source, load
+from apphost.settings import Settings
+from apphost.sources import Source, load
 
 
 def write(path: pathlib.Path, text: str) -> pathlib.Path:

@@ -34,7 +34,8 @@ from apphost.errors import ExitCode
 from apphost.lifecycle import State
 from apphost.logs import Log
 from apphost.messages import DUMP_SIGNAL, MAX_FDS, Channel, Message
-from apphost.settings import Loaded, Settings, Source, restart_needed
+from apphost.settings import Settings, restart_needed
+from apphost.sources import Loaded, Source
 
 LOST_GRACE = 1.0  # s between the end of a worker's channel and the report of its exit, when all is well
 REST_READS = 17  # of a dead process's channel: a read takes 64 KiB at most, and a message may have 1 MiB
@@ -276,7 +277,7 @@ class Arbiter:
         worker = self.workers.get(wid)
         if worker is None:
             return
-        now = {old: canary.Answers(w.requests, w.errors) for old, w in self.workers.items()}
+        now = self._answers()
         why = canary.verdict(now[wid], before, now)
         if why:
             self._failures.setdefault(worker.generation, Failure(why, "", ExitCode.APPLICATION))
@@ -391,8 +392,12 @@ class Arbiter:
 
     def watch_canary(self, wid: int) -> None:
         """Judge this worker by all of its answers, and by those that the other ones give from now on."""
-        counts = {w.wid: canary.Answers(w.requests, w.errors) for w in self.workers.values() if w.wid != wid}
-        self._canary = (wid, counts)
+        before = self._answers()
+        before.pop(wid, None)
+        self._canary = (wid, before)
+
+    def _answers(self) -> dict[int, canary.Answers]:
+        return {wid: canary.Answers(worker.requests, worker.errors) for wid, worker in self.workers.items()}
 
     def _canary_started(self, action: v.CanaryStarted) -> None:
         self.watch_canary(action.wid)

@@ -16,8 +16,9 @@ from apphost.arbiter.upgrade import Upgrade, open_inherited, open_nothing, read_
 from apphost.arbiter.vocabulary import Event, ReloadAsked, Tick
 from apphost.errors import ExitCode
 from apphost.logs import Log
-from apphost.settings import Loaded, Settings, Source
+from apphost.settings import Settings
 from apphost.sockets import describe, open_listeners, parse_bind, unlink_own
+from apphost.sources import Loaded, Source
 
 
 def run(loaded: Loaded, source: Source) -> int:

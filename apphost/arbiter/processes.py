@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from apphost.forkserver import COMMAND
 from apphost.messages import PROTOCOL_VERSION, Channel
-from apphost.settings import Settings, Source
+from apphost.settings import Settings
+from apphost.sources import Source
 
 LAST_WORDS_MAX = 65536  # bytes read of a worker's last words: the stacks of some hundred threads
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
