@@ -30,10 +30,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from compare import FOREIGN_VARIABLES, peers_python, stop_group
+from results import BEGIN, END, put_between_markers
 
 HERE = Path(__file__).resolve().parent
 REPORT = HERE / "RELOADS.md"
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 ANSWER_SECONDS = 30.0  # a request without an answer by then is lost
 BOOT_SECONDS = 30.0
@@ -651,8 +651,7 @@ def _details(outcome: Outcome) -> Iterator[str]:
 
 def merge(text: str, report: str, measured: Sequence[str]) -> str:
     """`text` with `report` between the markers; lines of servers that were not `measured` this time stay."""
-    before, _, rest = text.partition(BEGIN)
-    old, _, after = rest.partition(END)
+    old = text.partition(BEGIN)[2].partition(END)[0]
     kept = [line for line in old.splitlines() if _server_of(line) in CONTESTANTS and _server_of(line) not in measured]
     lines = report.splitlines()
     rows = [line for line in kept if line.startswith("|")] + [line for line in lines[2:] if line.startswith("|")]
@@ -660,8 +659,7 @@ def merge(text: str, report: str, measured: Sequence[str]) -> str:
     names = list(CONTESTANTS)
     rows.sort(key=lambda line: names.index(_server_of(line)))
     details.sort(key=lambda line: names.index(_server_of(line)))
-    table = "\n".join((*lines[:2], *rows, "", *details)).strip()
-    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+    return put_between_markers(text, "\n".join((*lines[:2], *rows, "", *details)))
 
 
 def _server_of(line: str) -> str:

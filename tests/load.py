@@ -1,4 +1,5 @@
-"""Steady load for tests of deploys: a site whose every answer can be checked, and clients that never try twice.
+"""Steady load for tests of deploys: a site whose every answer can be checked, its server, and clients that never
+try twice.
 
 A request is lost when its connection cannot be opened, when the answer is incomplete, wrong or no 2xx, or when the
 server closes a keep-alive connection that it had not said `Connection: close` on. A client never sends on a connection
@@ -7,14 +8,16 @@ after such an announcement, so whatever is lost was lost by the server.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 
 from tests.rawhttp import Address, RawClient, Response
-from tests.support import wait_for
+from tests.support import Server, wait_for, write_app
 
 INTERFACES = ("asgi", "wsgi")
 
@@ -98,6 +101,25 @@ def site(interface: str, version: str = "one", extra: str = "") -> str:
     /sleep (ASGI only) block the event loop for good.
     """
     return (_COMMON + {"asgi": _ASGI, "wsgi": _WSGI}[interface]).format(version=version) + extra
+
+
+@contextlib.contextmanager
+def serving(folder: Path, interface: str, *args: str, extra: str = "", **options: object) -> Iterator[Server]:
+    """A server for `site` in `folder`; it must stop with 0 in the end, unless the test has asked for its exit code.
+
+    options: as of `Server`.
+    """
+    write_app(folder, "app", site(interface, extra=extra))
+    with Server("app:app", *args, cwd=folder, **options) as server:  # type: ignore[arg-type]
+        yield server
+        if server.exit_code is None:
+            assert server.stop() == 0
+
+
+def deploy(server: Server, interface: str, version: str, extra: str = "") -> int:
+    """Write the next version, reload, and return the new generation once it serves."""
+    write_app(server.cwd, "app", site(interface, version, extra))
+    return server.reload()
 
 
 @dataclass(frozen=True)

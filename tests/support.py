@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import selectors
 import shutil
 import signal
 import subprocess
@@ -16,11 +17,13 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
+
+import pytest
 
 import apphost
 from tests.rawhttp import Address, RawClient, Response, connect, raw, request_bytes
@@ -34,7 +37,9 @@ __all__ = [
     "alive",
     "connect",
     "descendants",
+    "linux",
     "own_tracebacks",
+    "pid_namespace",
     "processes",
     "raw",
     "request_bytes",
@@ -43,6 +48,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs what only Linux has")
 
 OWN_CODE = Path(apphost.__file__).resolve().parent
 STDLIB = Path(sysconfig.get_path("stdlib")).resolve()
@@ -134,6 +141,21 @@ def alive(pid: int) -> bool:
     return any(process.pid == pid and process.state != "Z" for process in processes())
 
 
+def pid_namespace(*extra: str) -> list[str]:
+    """The `prefix` that makes a `Server` process 1 of a pid namespace; skips the test where that is not permitted.
+
+    extra: more options of unshare.
+    """
+    command = ["unshare", "--pid", "--fork", "--kill-child", *extra]
+    try:
+        permitted = subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0
+    except OSError:  # there is no unshare
+        permitted = False
+    if not permitted:
+        pytest.skip("no permission for a pid namespace")
+    return command
+
+
 # ------------------------------------------------------------------------------------------------------ the server
 
 
@@ -170,6 +192,7 @@ class Server:
     until: what `start` waits for: "serving" (default), "listening", or None for a server that is expected to fail.
     allow_errors: otherwise the test fails on an `internal error` or a traceback of apphost's own code in the log, and
     on processes that are left behind by a server that has ended.
+    prefix: words of a command before the interpreter, as of `pid_namespace`; `pid` is that command's then.
     """
 
     def __init__(
@@ -181,6 +204,7 @@ class Server:
         until: str | None = "serving",
         timeout: float = 20.0,
         allow_errors: bool = False,
+        prefix: Sequence[str] = (),
     ) -> None:
         bound = bind is None or any(re.match(r"-b|--bind(=|$)", arg) for arg in args)
         self.args = [*args] if bound else [*args, "--bind", bind]
@@ -190,10 +214,13 @@ class Server:
         self.until = until
         self.timeout = timeout
         self.allow_errors = allow_errors
+        self.prefix = prefix
         self.process: subprocess.Popen[bytes] | None = None
+        self.exit_code: int | None = None  # once the test has asked for it, with `stop` or `wait_exit`
         self._lines: list[str] = []
+        self._rest = b""  # of the log: a line that is not whole yet
         self._ended = False  # the log has come to its end: no process holds it open any more
-        self._news = threading.Condition()
+        self._news = threading.Condition(threading.RLock())
         self._reader = threading.Thread(target=self._read, daemon=True)
 
     @staticmethod
@@ -220,7 +247,7 @@ class Server:
 
     def start(self) -> Server:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "apphost", *self.args],
+            [*self.prefix, sys.executable, "-m", "apphost", *self.args],
             cwd=self.cwd,
             env=self.env,
             stdin=subprocess.DEVNULL,
@@ -228,6 +255,8 @@ class Server:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        assert self.process.stdout is not None
+        os.set_blocking(self.process.stdout.fileno(), False)
         self._reader.start()
         if self.until == "serving":
             self.wait_line(r"generation \d+ is serving", self.timeout)
@@ -262,7 +291,8 @@ class Server:
         assert process.returncode is not None
         if process.returncode >= 0:
             self._reader.join(5.0)  # its last words may not be read yet; one that was killed leaves workers that go on
-        return process.returncode
+        self.exit_code = process.returncode
+        return self.exit_code
 
     def check_log(self) -> None:
         """Fail if the log tells of a defect of apphost itself."""
@@ -308,28 +338,45 @@ class Server:
     def _read(self) -> None:
         stream = self._started().stdout
         assert stream is not None
-        for raw_line in stream:
-            with self._news:
-                self._lines.append(raw_line.decode("utf-8", "replace").rstrip("\n"))
-                self._news.notify_all()
+        with selectors.DefaultSelector() as selector:
+            selector.register(stream, selectors.EVENT_READ)
+            while not self._ended:
+                selector.select()
+                self._take()
+
+    def _take(self) -> None:
+        """Take what the pipe holds now. A test that asks for the log gets all that was written before it asked: what a
+        request printed is there when its answer is.
+        """
+        stream = self._started().stdout
+        assert stream is not None
         with self._news:
-            self._ended = True
-            self._news.notify_all()
+            while not self._ended:
+                try:
+                    piece = os.read(stream.fileno(), 65536)
+                except BlockingIOError:
+                    break
+                *whole, self._rest = (self._rest + piece).split(b"\n")
+                if not piece:
+                    self._ended = True
+                    whole = [self._rest] if self._rest else []
+                self._lines += [line.decode("utf-8", "replace") for line in whole]
+                self._news.notify_all()
 
     @property
     def log(self) -> str:
         """All that the server and its application have written so far, standard output and standard error together."""
-        with self._news:
-            return "\n".join(self._lines)
+        return "\n".join(self.lines())
 
     def lines(self, after: int = 0) -> list[str]:
         with self._news:
+            if self.process is not None:
+                self._take()
             return self._lines[after:]
 
     def mark(self) -> int:
         """A place in the log, for `after=`: only lines written from now on."""
-        with self._news:
-            return len(self._lines)
+        return len(self.lines())
 
     def wait_line(self, pattern: str, timeout: float = 20.0, after: int = 0) -> re.Match[str]:
         """The first match of `pattern` in a line of the log from `after` on, waiting up to `timeout` s for it.

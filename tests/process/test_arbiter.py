@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.load import INTERFACES, Load, announces_close, ask, check, site
-from tests.support import RawClient, Server, alive, connect, descendants, processes, request_bytes, wait_for, write_app
+from tests.load import INTERFACES, Load, announces_close, ask, check, serving, site
+from tests.support import (
+    RawClient,
+    Server,
+    alive,
+    connect,
+    descendants,
+    linux,
+    pid_namespace,
+    processes,
+    request_bytes,
+    wait_for,
+    write_app,
+)
 
 each_interface = pytest.mark.parametrize("interface", INTERFACES)
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="subreapers and /proc are Linux's")
-
-
-@contextlib.contextmanager
-def serving(folder: Path, interface: str, *args: str, extra: str = "", **options: object) -> Iterator[Server]:
-    """A server for `site` in `folder`; it must stop with 0 unless the test has ended it."""
-    write_app(folder, "app", site(interface, extra=extra))
-    with Server("app:app", *args, cwd=folder, **options) as server:  # type: ignore[arg-type]
-        yield server
-        assert server.process is not None
-        if server.process.poll() is None:
-            assert server.stop() == 0
 
 
 def ready_workers(server: Server, count: int) -> list[int]:
@@ -372,6 +370,7 @@ def test_without_the_arbiter_silent_connections_are_closed_politely(tmp_path: Pa
             assert time.monotonic() - started > 0.5
             if not half.eof(5):
                 assert half.read_response().status == 408
+        assert server.wait_exit() == -signal.SIGKILL
         wait_for(lambda: not any(alive(pid) for pid in children), 5)
         assert "cut" not in server.log
 
@@ -410,25 +409,10 @@ def test_orphans_of_the_application_are_reaped(tmp_path: Path, interface: str) -
         assert ask(server.port).pid in ready_workers(server, 1)
 
 
-def can_unshare() -> bool:
-    try:
-        return subprocess.run(["unshare", "--pid", "--fork", "true"], capture_output=True, check=False).returncode == 0
-    except OSError:
-        return False
-
-
 @linux
-def test_as_process_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_process_1(tmp_path: Path) -> None:
     """As in a container without an init: no default action of a signal helps, and every orphan is ours."""
-    if not can_unshare():
-        pytest.skip("no permission for a pid namespace")
-    start = subprocess.Popen
-    prefix = ["unshare", "--pid", "--fork", "--kill-child"]
-    with monkeypatch.context() as patch:
-        patch.setattr(subprocess, "Popen", lambda command, **options: start([*prefix, *command], **options))
-        context = serving(tmp_path, "asgi", "--workers", "2")
-        server = context.__enter__()
-    try:
+    with serving(tmp_path, "asgi", "--workers", "2", prefix=pid_namespace()) as server:
         arbiter = descendants(server.pid)[0]
         assert "starts app:app with 2 workers, pid 1" in server.log
         server.wait_line("generation 1 is serving")
@@ -440,8 +424,6 @@ def test_as_process_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         os.kill(arbiter, signal.SIGTERM)
         assert server.wait_exit() == 0
         assert "stopped, exit 0" in server.log
-    finally:
-        context.__exit__(None, None, None)
 
 
 # ------------------------------------------------------------------------------------------------- the pidfile

@@ -6,28 +6,16 @@ import contextlib
 import re
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.load import INTERFACES, Load, ask, check, site
+from tests.load import INTERFACES, Load, ask, check, serving, site
 from tests.support import RawClient, Response, Server, alive, connect, request_bytes, wait_for, write_app
 
 each_interface = pytest.mark.parametrize("interface", INTERFACES)
 
 PROBATION = 1.5  # s
-
-
-@contextlib.contextmanager
-def serving(folder: Path, interface: str, *args: str, extra: str = "") -> Iterator[Server]:
-    """A server for `site` in `folder`; it must stop with 0 unless the test has ended it."""
-    write_app(folder, "app", site(interface, extra=extra))
-    with Server("app:app", *args, cwd=folder) as server:
-        yield server
-        assert server.process is not None
-        if server.process.poll() is None:
-            assert server.stop() == 0
 
 
 def failing(interface: str, version: str) -> str:

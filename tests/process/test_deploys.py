@@ -10,13 +10,13 @@ import signal
 import sys
 import sysconfig
 import venv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.load import INTERFACES, Load, ask, check, site
+from tests.load import INTERFACES, Load, ask, check, serving, site
 from tests.support import RawClient, Server, wait_for, write_app
 
 each_interface = pytest.mark.parametrize("interface", INTERFACES)
@@ -27,15 +27,6 @@ NO_BYTECODE = "PYTHONDONTWRITEBYTECODE"
 
 def options(preload: bool) -> tuple[str, ...]:
     return ("--preload",) if preload else ()
-
-
-@contextlib.contextmanager
-def serving(folder: Path, interface: str, *args: str, **options: object) -> Iterator[Server]:
-    """A server for `site` in `folder`; it must stop with 0 in the end."""
-    write_app(folder, "app", site(interface))
-    with Server("app:app", *args, cwd=folder, **options) as server:  # type: ignore[arg-type]
-        yield server
-        assert server.stop() == 0
 
 
 # ------------------------------------------------------------------------------------------------- disasters

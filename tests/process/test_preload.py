@@ -6,12 +6,11 @@ import contextlib
 import os
 import re
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.load import INTERFACES, Load, ask, site
+from tests.load import INTERFACES, Load, ask, deploy, serving, site
 from tests.support import RawClient, Server, alive, processes, wait_for, write_app
 
 each_interface = pytest.mark.parametrize("interface", INTERFACES)
@@ -28,18 +27,11 @@ def answer(body):
 """
 
 
-@contextlib.contextmanager
-def serving(folder: Path, interface: str, *args: str, extra: str = NOTES) -> Iterator[Server]:
-    """A server for `site` in `folder`, preloaded; it must stop with 0 in the end."""
-    write_app(folder, "app", site(interface, extra=extra))
-    with Server("app:app", "--preload", *args, cwd=folder) as server:
-        yield server
-        assert server.stop() == 0
-
-
-def deploy(server: Server, interface: str, version: str, extra: str = NOTES) -> int:
-    write_app(server.cwd, "app", site(interface, version, extra))
-    return server.reload()
+def preloaded(
+    folder: Path, interface: str, *args: str, extra: str = NOTES
+) -> contextlib.AbstractContextManager[Server]:
+    """`serving` with a preloaded site that tells of itself as `notes` reads it."""
+    return serving(folder, interface, "--preload", *args, extra=extra)
 
 
 def imports(folder: Path) -> list[str]:
@@ -61,7 +53,7 @@ def notes(server: Server) -> tuple[str, list[int]]:
 
 @each_interface
 def test_a_generation_imports_once_and_its_workers_share_it(tmp_path: Path, interface: str) -> None:
-    with serving(tmp_path, interface, "--workers", "3") as server:
+    with preloaded(tmp_path, interface, "--workers", "3") as server:
         assert imports(tmp_path) == ["one"]
         pids = server.worker_pids()
         seen = {}
@@ -70,7 +62,7 @@ def test_a_generation_imports_once_and_its_workers_share_it(tmp_path: Path, inte
             assert pid in pids
             assert imported_by == parent, "by the fork server, which is the parent of all"
         assert len({imported_by for _, imported_by, _, _ in seen.values()}) == 1
-        assert deploy(server, interface, "two") == 2
+        assert deploy(server, interface, "two", NOTES) == 2
         assert imports(tmp_path) == ["one", "two"]
         version, (_, imported_by, parent, _) = notes(server)
         assert version == "two"
@@ -91,15 +83,15 @@ def test_without_preload_each_worker_imports(tmp_path: Path) -> None:
 @pytest.mark.parametrize("preload", ["--preload", "--no-preload"])
 def test_what_is_imported_is_frozen(tmp_path: Path, interface: str, preload: str) -> None:
     """Else the first full collection of each worker would write to, and so copy, all the memory that they share."""
-    with serving(tmp_path, interface, preload) as server:
+    with preloaded(tmp_path, interface, preload) as server:
         _, (_, _, _, frozen) = notes(server)
     assert frozen > 10_000, "the objects of the interpreter, of apphost and of the application"
 
 
 def test_lifespan_is_of_each_worker(tmp_path: Path) -> None:
-    with serving(tmp_path, "asgi", "--workers", "2") as server:
+    with preloaded(tmp_path, "asgi", "--workers", "2") as server:
         assert server.log.count("app one: lifespan.startup") == 2
-        deploy(server, "asgi", "two")
+        deploy(server, "asgi", "two", NOTES)
         wait_for(lambda: server.log.count("app one: lifespan.shutdown") == 2)
         assert server.log.count("app two: lifespan.startup") == 2
         assert server.stop() == 0
@@ -122,7 +114,7 @@ def test_a_factory_is_called_once(tmp_path: Path) -> None:
 @each_interface
 def test_a_killed_worker_is_replaced_by_the_same_code(tmp_path: Path, interface: str) -> None:
     """The file on the disk has changed, but nobody has asked for a reload: the site must not be of two minds."""
-    with serving(tmp_path, interface, "--workers", "2") as server:
+    with preloaded(tmp_path, interface, "--workers", "2") as server:
         fork_server = notes(server)[1][2]
         write_app(tmp_path, "app", site(interface, "two", NOTES))
         for killed in server.worker_pids():
@@ -140,7 +132,7 @@ def test_a_killed_worker_is_replaced_by_the_same_code(tmp_path: Path, interface:
 
 
 def test_one_worker_more_is_of_the_same_code(tmp_path: Path) -> None:
-    with serving(tmp_path, "asgi") as server:
+    with preloaded(tmp_path, "asgi") as server:
         (tmp_path / "app.py").unlink()
         server.signal(signal.SIGTTIN)
         server.wait_line("worker 2 gen 1 ready")
@@ -148,7 +140,7 @@ def test_one_worker_more_is_of_the_same_code(tmp_path: Path) -> None:
 
 
 def test_after_a_reload_that_failed_the_old_code_still_forks(tmp_path: Path) -> None:
-    with serving(tmp_path, "asgi") as server:
+    with preloaded(tmp_path, "asgi") as server:
         write_app(tmp_path, "app", "raise RuntimeError('no database')\n")
         server.signal(signal.SIGUSR1)
         server.wait_line("generation 2 given up: .*RuntimeError.*Generation 1 keeps serving")
@@ -156,11 +148,11 @@ def test_after_a_reload_that_failed_the_old_code_still_forks(tmp_path: Path) -> 
         os.kill(server.worker_pids()[0], signal.SIGKILL)
         server.wait_line(r"worker \d+ gen 1 ready", after=mark)
         assert notes(server)[0] == "one"
-        assert deploy(server, "asgi", "two") == 3
+        assert deploy(server, "asgi", "two", NOTES) == 3
 
 
 def test_recycled_workers_are_of_the_same_code(tmp_path: Path) -> None:
-    with serving(tmp_path, "wsgi", "--max-requests", "50", "--workers", "2", extra="") as server:
+    with preloaded(tmp_path, "wsgi", "--max-requests", "50", "--workers", "2", extra="") as server:
         write_app(tmp_path, "app", "raise RuntimeError('half a deploy')\n")
         with Load(server.port) as load:
             wait_for(lambda: len(load.report.pids) >= 6, what="recycled workers")
@@ -176,7 +168,7 @@ def test_the_memory_of_the_application_is_shared(tmp_path: Path) -> None:
     if not Path("/proc/self/smaps_rollup").exists():
         pytest.skip("needs /proc/PID/smaps_rollup")
     ballast = "\nBALLAST = bytes(range(256)) * (64 << 12)\nassert len(BALLAST) == 64 << 20\n"
-    with serving(tmp_path, "asgi", "--workers", "2", extra=ballast) as server:
+    with preloaded(tmp_path, "asgi", "--workers", "2", extra=ballast) as server:
         for _ in range(10):
             ask(server.port)
         own = [private(pid) for pid in server.worker_pids()]
@@ -193,17 +185,17 @@ def private(pid: int) -> int:
 
 
 def test_the_fork_server_of_the_old_code_goes(tmp_path: Path) -> None:
-    with serving(tmp_path, "asgi") as server:
+    with preloaded(tmp_path, "asgi") as server:
         old = notes(server)[1][2]
         assert old in [process.pid for process in processes() if process.parent == server.pid]
-        deploy(server, "asgi", "two")
+        deploy(server, "asgi", "two", NOTES)
         wait_for(lambda: not alive(old), what="the old fork server to go")
         assert len(server.children()) == 2
 
 
 def test_what_the_application_registers_for_its_exit_is_not_run_by_the_fork_server(tmp_path: Path) -> None:
     extra = NOTES + "\nimport atexit\natexit.register(lambda: say(f'at exit of {os.getpid()}'))\n"
-    with serving(tmp_path, "asgi", extra=extra) as server:
+    with preloaded(tmp_path, "asgi", extra=extra) as server:
         _, (worker, _, _, _) = notes(server)
         assert server.stop() == 0
         assert re.findall(r"at exit of (\d+)", server.log) == [str(worker)]
@@ -255,7 +247,7 @@ def test_a_first_start_that_fails_ends_with_the_reason(tmp_path: Path, kind: str
 def test_a_reload_that_hangs_is_given_up(tmp_path: Path, kind: str) -> None:
     """It hangs in the fork server, which has no worker yet: so that is what is asked for its stacks, and killed."""
     source, reason, shown = FAILURES[kind]
-    with serving(tmp_path, "asgi", "--boot-timeout", "5", extra="") as server:
+    with preloaded(tmp_path, "asgi", "--boot-timeout", "5", extra="") as server:
         before = ask(server.port)
         write_app(tmp_path, "app", source)
         mark = server.mark()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.load import INTERFACES, Load, announces_close, ask, check, site
+from tests.load import INTERFACES, Load, announces_close, ask, check, deploy, serving, site
 from tests.support import (
     RawClient,
     Server,
@@ -33,21 +33,6 @@ RELOADS = [signal.SIGHUP, signal.SIGUSR1]
 PLAIN = ("--http", "h11", "--loop", "asyncio")
 
 each_interface = pytest.mark.parametrize("interface", INTERFACES)
-
-
-@contextlib.contextmanager
-def serving(folder: Path, interface: str, *args: str, extra: str = "", **options: object) -> Iterator[Server]:
-    """A server for `site` in `folder`; it must stop with 0 in the end."""
-    write_app(folder, "app", site(interface, extra=extra))
-    with Server("app:app", *args, cwd=folder, **options) as server:  # type: ignore[arg-type]
-        yield server
-        assert server.stop() == 0
-
-
-def deploy(server: Server, interface: str, version: str, extra: str = "") -> int:
-    """Write the next version, reload, and return the new generation once it serves."""
-    write_app(server.cwd, "app", site(interface, version, extra))
-    return server.reload()
 
 
 def fewest_ready(log: str, workers: int) -> int:

@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.load import INTERFACES, Load, ask, check, site
-from tests.support import OWN_CODE, RawClient, Server, descendants, request_bytes, wait_for, write_app
+from tests.load import INTERFACES, Load, ask, check, serving, site
+from tests.support import (
+    OWN_CODE,
+    RawClient,
+    Server,
+    descendants,
+    linux,
+    pid_namespace,
+    request_bytes,
+    wait_for,
+    write_app,
+)
 
 each_interface = pytest.mark.parametrize("interface", INTERFACES)
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs what only Linux has")
 
 GIVEN_UP = "error the upgrade is given up: "
 NOT_READY = "\nwhile not os.path.exists('boot'): time.sleep(0.01)\n"
-
-
-@contextlib.contextmanager
-def serving(folder: Path, interface: str, *args: str, extra: str = "", **options: object) -> Iterator[Server]:
-    """A server for `site` in `folder`; it must stop with 0 unless the test has ended it."""
-    write_app(folder, "app", site(interface, extra=extra))
-    with Server("app:app", *args, cwd=folder, **options) as server:  # type: ignore[arg-type]
-        yield server
-        assert server.process is not None
-        if server.process.poll() is None:
-            assert server.stop() == 0
 
 
 def upgrade(server: Server) -> int:
@@ -376,26 +372,11 @@ def test_an_interpreter_that_is_gone_is_told(tmp_path: Path, monkeypatch: pytest
 # ------------------------------------------------------------------------------------------------- process 1
 
 
-def can_unshare() -> bool:
-    command = ["unshare", "--pid", "--fork", "--mount-proc", "true"]
-    try:
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except OSError:
-        return False
-
-
 @linux
-def test_as_process_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_process_1(tmp_path: Path) -> None:
     """In a container there is no other way to upgrade: who replaces process 1 by another one ends them all."""
-    if not can_unshare():
-        pytest.skip("no permission for a pid namespace")
-    start = subprocess.Popen
-    prefix = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    with monkeypatch.context() as patch:
-        patch.setattr(subprocess, "Popen", lambda command, **options: start([*prefix, *command], **options))
-        context = serving(tmp_path, "asgi", "--workers", "2", "--pidfile", str(tmp_path / "pid"))
-        server = context.__enter__()
-    try:
+    args = ("--workers", "2", "--pidfile", str(tmp_path / "pid"))
+    with serving(tmp_path, "asgi", *args, prefix=pid_namespace("--mount-proc")) as server:
         arbiter = descendants(server.pid)[0]
         with Load(server.port, clients=2, pause=0.02) as load:
             for generation in (2, 3):
@@ -412,5 +393,3 @@ def test_as_process_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         os.kill(arbiter, signal.SIGTERM)
         assert server.wait_exit() == 0
         assert "stopped, exit 0" in server.log
-    finally:
-        context.__exit__(*sys.exc_info())

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.load import INTERFACES, Load, ask, check, site
+from tests.load import INTERFACES, Load, ask, check, serving
 from tests.support import RawClient, Server, alive, request_bytes, wait_for, write_app
 
 each_interface = pytest.mark.parametrize("interface", INTERFACES)
-
-
-@contextlib.contextmanager
-def serving(folder: Path, interface: str, *args: str, extra: str = "", **options: object) -> Iterator[Server]:
-    """A server for `site` in `folder`; it must stop with 0 in the end."""
-    write_app(folder, "app", site(interface, extra=extra))
-    with Server("app:app", *args, cwd=folder, **options) as server:  # type: ignore[arg-type]
-        yield server
-        assert server.stop() == 0
 
 
 def one_of(server: Server, pid: int) -> RawClient:
