@@ -35,7 +35,9 @@ def setting(default: T, heading: str, does: str, **about: Any) -> T:
 
 
 _MAIN, _APP, _PROCESS = "Main settings", "Application", "Process"
-_TIME, _RECYCLE, _LIMITS, _HTTP, _LOGS = "Timeouts", "Recycling of workers", "Limits", "HTTP", "Logs"
+_TIME, _RECYCLE, _LIMITS, _HTTP, _WS, _LOGS = (
+    "Timeouts", "Recycling of workers", "Limits", "HTTP", "WebSockets", "Logs"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +156,19 @@ class Settings:
         choices=("drop", "refuse", "allow"))
     server_header: bool = setting(True, _HTTP, "Send the header `Server`.")
     date_header: bool = setting(True, _HTTP, "Send the header `Date`.")
+
+    ws: str = setting("auto", _WS,
+        "Serve WebSockets; with `none` their handshakes are requests like any other.", choices=("auto", "none"))
+    ws_compression: bool = setting(True, _WS, "Agree to permessage-deflate (RFC 7692) where a client offers it.")
+    ws_ping_interval: float = setting(20.0, _WS,
+        "Send a ping after this, and again after each answer; 0 is never.", unit="s", low=0, high=_WEEK)
+    ws_ping_timeout: float = setting(20.0, _WS,
+        "A client must answer a ping within this, or its socket is closed with 1011.", unit="s", low=0.01, high=_WEEK)
+    ws_close_timeout: float = setting(10.0, _WS,
+        "A client must answer our close within this.", unit="s", low=0.01, high=_WEEK)
+    # What uvicorn and hypercorn allow, too; the websockets library takes 1 MiB.
+    limit_ws_message: int = setting(2**24, _WS,
+        "Largest message of a WebSocket, after inflation.", unit="bytes", low=1, high=2**31)
 
     access_log: str = setting("", _LOGS, "One line for each request to this file; `-` is stdout.", metavar="FILE")
     log_level: str = setting("info", _LOGS,

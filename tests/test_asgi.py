@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from apphost.interfaces.asgi import (
-    AsgiInterface,
+from apphost.interfaces.asgi import AsgiInterface
+from apphost.interfaces.asgi_http import (
     AsgiRequest,
     add_root_path,
     failure,

@@ -41,7 +41,7 @@ FOREIGN = {
         "--no-deps", "--no-cache-dir",
         "--host", "--port", "--uds", "--fd", "--timeout-worker-healthcheck", "--timeout-graceful-shutdown",
         "--timeout-keep-alive", "--access-logfile", "--certfile", "--forwarded-allow-ips",
-        "--ssl-certfile", "--proxy-headers", "--reload", "--ws",
+        "--ssl-certfile", "--proxy-headers", "--reload", "--ws-max-size",
     },
     "deploy.md": {"--no-deps", "--no-cache-dir"},
     "settings.md": {"--write", "--name", "--no-name"},

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from apphost.errors import ApplicationError, user_traceback
-from apphost.interfaces.asgi import Application, Event
+from apphost.interfaces.asgi_http import Application, Event
 from apphost.logs import Log
 
 

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, cast
 
 from apphost.errors import user_traceback
-from apphost.interfaces.asgi import failure, is_disconnect, raised
+from apphost.interfaces.asgi_http import failure, is_disconnect, raised
 from apphost.interfaces.environ import base_environ, request_environ
 from apphost.interfaces.threads import ThreadPool
 from apphost.interfaces.wsgi_io import BodyInput, ErrorLog, FileWrapper, file_to_send, send_file
@@ -50,6 +50,7 @@ class WsgiInterface:
     """Serves streams with a WSGI application on the threads of `pool`."""
 
     name = "wsgi"
+    websockets = False
 
     def __init__(
         self,

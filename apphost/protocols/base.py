@@ -10,22 +10,26 @@ what an interface makes of a stream; the stream tells it what happens on the wir
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from apphost.protocols.context import Context
     from apphost.protocols.response import ResponseHead
+    from apphost.protocols.websocket import WebSocket
 
 Headers = list[tuple[bytes, bytes]]
 
 
 class BadRequest(Exception):
-    """The client broke a rule. `status` is the answer, `why` its body: our words, never the client's bytes."""
+    """The client broke a rule. `status` is the answer, `why` its body: our words, never the client's bytes; `fields`
+    are header fields that such an answer must have."""
 
-    def __init__(self, status: int, why: str) -> None:
+    def __init__(self, status: int, why: str, fields: tuple[tuple[bytes, bytes], ...] = ()) -> None:
         super().__init__(why)
         self.status = status
         self.why = why
+        self.fields = fields
 
 
 class ClientDisconnected(OSError):
@@ -47,7 +51,7 @@ class RequestHead:
     headers: (lower-case name, value without surrounding white space) in order, duplicates kept.
     raw_path, query: the target split at its first `?`, still encoded; the query is b"" when there is none.
     content_length: bytes, or None when not declared. chunked: the body has chunked framing.
-    keep_alive: what the client wishes. expect: it waits for `100 Continue`.
+    keep_alive: what the client wishes. expect: it waits for `100 Continue`. upgrade: it asks for a WebSocket.
     """
 
     __slots__ = (
@@ -60,6 +64,7 @@ class RequestHead:
         "query",
         "raw_path",
         "target",
+        "upgrade",
         "version",
     )
 
@@ -73,6 +78,7 @@ class RequestHead:
     chunked: bool
     keep_alive: bool
     expect: bool
+    upgrade: bool
 
     def __init__(self, method: str, target: bytes, version: str, headers: Headers) -> None:
         self.method = method
@@ -124,6 +130,7 @@ class Interface(Protocol):
     """How an application is called; found by name in the entry point group `apphost.interfaces`."""
 
     name: str
+    websockets: bool  # whether it understands a stream that is asked to become one
 
     def handle(self, stream: Stream) -> Handler:
         """Serve one request. Called on the event loop and must not block it; must not raise."""
@@ -158,6 +165,21 @@ class Stream(ABC):
     @abstractmethod
     def body_complete(self) -> bool:
         """Whether the whole body has arrived (not: was taken)."""
+
+    # -- WebSocket
+
+    @property
+    def subprotocols(self) -> list[str]:
+        """Those that a client which asks for a WebSocket offers, best first."""
+        return []
+
+    def accept(self, handler: Handler, subprotocol: str | None, headers: Iterable[tuple[bytes, bytes]]) -> WebSocket:
+        """Open the WebSocket that the request asks for (`head.upgrade`), in place of a response.
+
+        From then on the events of the wire, for `handler`, and all else are those of the result. Raises
+        `ResponseError`, `ValueError` or `TypeError` for what the application may not do or say; nothing was sent then.
+        """
+        raise ResponseError("there is no handshake to be answered")
 
     # -- response
 

@@ -16,6 +16,7 @@ from apphost.protocols.strict import Limits
 
 if TYPE_CHECKING:
     from apphost.protocols.http1 import Connection
+    from apphost.protocols.websocket import WebSocketOptions
     from apphost.protocols.wire import Wire
 
 
@@ -35,6 +36,7 @@ class Context:
     """Shared by all connections of a worker; the worker makes one. Event loop only.
 
     interface: to be set before the first connection is made.
+    websockets: what holds for them; None where they are not served.
     draining: the worker wants to go. closing: every response says `Connection: close`.
     on_idle: called with each connection that has come to wait for a request (so that it can move), None: not wanted.
     requests: responses finished so far, of all connections; errors: those of them that were 5xx or cut short.
@@ -63,6 +65,7 @@ class Context:
         "server_fields",
         "timeouts",
         "underscores",
+        "websockets",
     )
 
     interface: Interface
@@ -78,6 +81,7 @@ class Context:
         server_fields: ServerFields | None = None,
         access_log: AccessLog | None = None,
         underscores: str = "drop",
+        websockets: WebSocketOptions | None = None,
     ) -> None:
         self.loop = loop
         self.parser = parser
@@ -87,6 +91,7 @@ class Context:
         self.server_fields = server_fields or ServerFields(date=True, server=True)
         self.access_log = access_log
         self.underscores = underscores
+        self.websockets = websockets
         self.deadlines: Deadlines[Wire] = Deadlines()
         self.connections: set[Connection] = set()
         self.active: set[Handler] = set()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from apphost.protocols.base import Handler, RequestHead, ResponseError, Stream
 from apphost.protocols.body import BodyDecoder
+from apphost.protocols.handshake import Handshake
 from apphost.protocols.response import Framing, ResponseHead, decide_framing, finish_head, wrong_length
 
 if TYPE_CHECKING:
     from apphost.protocols.http1 import Connection
+    from apphost.protocols.websocket import WebSocket
 
 HIGH_WATER = 65536  # bytes of a body that wait for the application before reading pauses: one socket read more or less
 COPY_MAX = 16384  # bytes of a body that are cheaper to copy behind the head than to write separately
@@ -32,7 +35,7 @@ _LENGTH, _CHUNKED, _NO_BODY, _CLOSE = Framing.LENGTH, Framing.CHUNKED, Framing.N
 
 
 class _Nobody:
-    """The handler of an exchange that is done: nothing on the wire concerns the application any more."""
+    """The handler of what is done: nothing on the wire concerns the application any more."""
 
     def body_arrived(self) -> None:
         pass
@@ -47,7 +50,7 @@ class _Nobody:
         return "a finished request"
 
 
-_NOBODY = _Nobody()
+NOBODY = _Nobody()
 
 
 class Exchange(Stream):
@@ -65,6 +68,7 @@ class Exchange(Stream):
         "decoder",
         "expect",
         "handler",
+        "handshake",
         "head",
         "keep_alive",
         "progress",
@@ -76,6 +80,7 @@ class Exchange(Stream):
     )
 
     handler: Handler
+    handshake: Handshake  # of a request that asks for a WebSocket
     _response: ResponseHead
     _framing: Framing
     _remaining: int  # of the declared length
@@ -215,7 +220,7 @@ class Exchange(Stream):
 
     def _done(self) -> None:
         self.progress = _DONE
-        self.handler = _NOBODY  # they refer to each other: without this every request would wait for the collector
+        self.handler = NOBODY  # they refer to each other: without this every request would wait for the collector
         self.connection.response_done(self)
 
     def _out_of_order(self) -> ResponseError:
@@ -272,6 +277,18 @@ class Exchange(Stream):
         if out or data:
             connection.write(out + data if out else data)
 
+    @property
+    def subprotocols(self) -> list[str]:
+        return self.handshake.subprotocols
+
+    def accept(self, handler: Handler, subprotocol: str | None, headers: Iterable[tuple[bytes, bytes]]) -> WebSocket:
+        if self.progress is not _NOTHING or not self.head.upgrade:
+            raise ResponseError("there is no handshake to be answered")
+        socket = self.connection.upgrade(self, handler, subprotocol, headers)
+        self.progress = _DONE
+        self.handler = NOBODY
+        return socket
+
     def lend_socket(self, head: ResponseHead, count: int) -> tuple[int, bytes] | None:
         connection = self.connection
         if not connection.connected or self.started or self.head.method == "HEAD":
@@ -296,7 +313,7 @@ class Exchange(Stream):
             return
         started = self.progress is _BODY
         self.progress = _DONE
-        self.handler = _NOBODY
+        self.handler = NOBODY
         self.connection.response_failed(self, started)
 
     @property
@@ -310,5 +327,5 @@ class Exchange(Stream):
         """Nothing reaches the client any more."""
         self.progress = _DONE
         handler = self.handler
-        self.handler = _NOBODY
+        self.handler = NOBODY
         handler.disconnected()

@@ -5,6 +5,7 @@ is handled according to the phase that the connection is in; the table `_BEHAVIO
 
     WAITING --> HEAD --> BUSY --> WAITING ...            the life of a keep-alive connection
                            +----> DISCARDING --> WAITING  an unread body is read away first
+                           +----> UPGRADED                it is a WebSocket, until its end
     WAITING or HEAD --> MOVING --> CLOSED                 to another worker, or back if that does not take it
     any -----------------------> LINGERING --> CLOSED     an early answer: ours is said, the client may still talk
     any -----------------------> CLOSED
@@ -14,20 +15,21 @@ from __future__ import annotations
 
 import asyncio
 import re
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 from apphost.protocols import strict
-from apphost.protocols.base import BadRequest, RequestHead
+from apphost.protocols.base import BadRequest, Handler, RequestHead
 from apphost.protocols.body import decoder_for
 from apphost.protocols.capsule import Capsule
 from apphost.protocols.context import Context
 from apphost.protocols.deadlines import NEVER
 from apphost.protocols.exchange import DISCARD_MAX, HIGH_WATER, Exchange
+from apphost.protocols.handshake import read_handshake
 from apphost.protocols.response import error_response
 from apphost.protocols.strict import METHODS, UNDERSCORE, VERSIONS, check_raw, examine
+from apphost.protocols.websocket import WebSocket, open_websocket
 from apphost.protocols.wire import Phase, Wire
 
 BUFFER_MAX = 65536  # bytes of pipelined requests that wait for their turn before reading pauses
@@ -38,10 +40,6 @@ _LEADING_CRLF = re.compile(rb"(?:\r\n)+")  # RFC 9112, 2.2: some old clients sen
 # Looking a member up in its enum costs 0.1 us before Python 3.12.
 _WAITING, _HEAD, _BUSY, _MOVING = Phase.WAITING, Phase.HEAD, Phase.BUSY, Phase.MOVING
 _DISCARDING, _CLOSED = Phase.DISCARDING, Phase.CLOSED
-
-# That of asyncio has no back-pressure before 3.12.9 and 3.13.2 (CVE-2024-12254), and up to 3.14.0 it writes on after
-# the connection was lost.
-_BROKEN_WRITELINES = (3, 12) <= sys.version_info < (3, 14, 1)
 
 
 class Connection(Wire):
@@ -115,6 +113,8 @@ class Connection(Wire):
         self.write_deadline = NEVER
         if self.exchange is not None and self.phase is _BUSY:
             self.exchange.handler.write_resumed()
+        elif self.websocket is not None:
+            self.websocket.write_resumed()
         elif self.phase is _WAITING or self.phase is _HEAD:
             self._pump()
             if self.context.on_idle is not None:
@@ -129,6 +129,9 @@ class Connection(Wire):
         exchange = self.exchange
         self.exchange = None
         self.buffer = b""
+        if self.websocket is not None:
+            self.websocket.lost()
+            self.websocket = None
         if exchange is not None and phase is not _DISCARDING:
             exchange.client_gone()
             if context.access_log is not None:
@@ -172,6 +175,8 @@ class Connection(Wire):
             if head.content_length or head.chunked:
                 decoder = decoder_for(head.content_length, head.chunked, context.limits)
             exchange = Exchange(self, head, decoder)
+            if head.upgrade:
+                self._read_handshake(exchange)
             if rest and decoder is not None:
                 rest = exchange.feed(rest)
         except BadRequest as refusal:
@@ -268,29 +273,55 @@ class Connection(Wire):
         if len(data) > BUFFER_MAX:
             self._pause()
 
+    # -- WebSockets
+
+    def _read_handshake(self, exchange: Exchange) -> None:
+        """Raises `BadRequest`. Where WebSockets are not served, the request is one like any other (RFC 9110, 7.8)."""
+        exchange.head.upgrade = self.context.websockets is not None
+        if exchange.head.upgrade:
+            exchange.handshake = read_handshake(exchange.head)
+            exchange.keep_alive = False  # nobody can tell what a client that was denied has sent behind its handshake
+
+    def upgrade(
+        self, exchange: Exchange, handler: Handler, subprotocol: str | None, headers: Iterable[tuple[bytes, bytes]]
+    ) -> WebSocket:
+        """Open the socket that `exchange` asks for. Raises `ValueError` and `TypeError`; nothing was sent then."""
+        websocket, response = open_websocket(exchange, subprotocol, headers)
+        websocket.handler = handler
+        self.write(response)
+        exchange.status = 101
+        self._account(exchange)
+        self.exchange = None
+        self.websocket = websocket
+        self.phase = Phase.UPGRADED
+        early, self.buffer = self.buffer, b""
+        websocket.begin(early)
+        return websocket
+
+    def _take_frames(self, data: bytes) -> None:
+        if self.websocket is not None:
+            self.websocket.feed(data)
+
+    def _eof_upgraded(self) -> None:
+        """A client that does not end with a closing handshake is gone for good: it cannot be told anything."""
+        self.close()
+        if self.websocket is not None:
+            self.websocket.lost()
+
+    def _timeout_upgraded(self) -> None:
+        if self.websocket is not None:
+            self.websocket.timed_out()
+
     # -- responses
 
     @property
     def connected(self) -> bool:
         return self.phase is _BUSY
 
-    def write(self, data: bytes) -> None:
-        self.transport.write(data)
-
-    def write_many(self, pieces: list[bytes]) -> None:
-        if _BROKEN_WRITELINES and isinstance(self.context.loop, asyncio.SelectorEventLoop):
-            self.transport.write(b"".join(pieces))
-        else:
-            self.transport.writelines(pieces)
-
     def response_done(self, exchange: Exchange) -> None:
         """The response is complete; the application may go on working, the connection does not wait for it."""
-        context = self.context
-        context.requests += 1
         if exchange.status >= 500:
-            context.errors += 1
-        if context.access_log is not None:
-            context.access_log.write(exchange)
+            self.context.errors += 1
         if not exchange.keep_alive:
             self.linger()
         elif exchange.decoder is None or exchange.decoder.done:
@@ -298,10 +329,9 @@ class Connection(Wire):
         else:
             self.phase = _DISCARDING
             exchange.buffered = 0
-            self._arm(context.loop.time() + context.timeouts.request_body)
+            self._arm(self.context.loop.time() + self.context.timeouts.request_body)
             self._resume()
-        if context.requests == context.requests_wanted:
-            context.on_enough()
+        self._account(exchange)
 
     def response_failed(self, exchange: Exchange, started: bool) -> None:
         """The application failed: 500 if its head is not out yet, else never a clean end (ASGI, PEP 3333)."""
@@ -312,12 +342,16 @@ class Connection(Wire):
         else:
             exchange.status = 500
             self._answer(500, "the application failed", exchange.head.method)
-        self.context.requests += 1
         self.context.errors += 1
-        if self.context.access_log is not None:
-            self.context.access_log.write(exchange, cut=started)
-        if self.context.requests == self.context.requests_wanted:
-            self.context.on_enough()
+        self._account(exchange, cut=started)
+
+    def _account(self, exchange: Exchange, cut: bool = False) -> None:
+        context = self.context
+        context.requests += 1
+        if context.access_log is not None:
+            context.access_log.write(exchange, cut)
+        if context.requests == context.requests_wanted:
+            context.on_enough()
 
     def _next(self) -> None:
         """Ready for the next request."""
@@ -348,10 +382,10 @@ class Connection(Wire):
         self.context.log.debug(f"refused a request from {self.peer}: {refusal.status} {refusal.why}")
         if self.context.access_log is not None:
             self.context.access_log.write_refusal(self, refusal.status)
-        self._answer(refusal.status, refusal.why, "")
+        self._answer(refusal.status, refusal.why, "", refusal.fields)
 
-    def _answer(self, status: int, why: str, method: str) -> None:
-        response = error_response(status, why, self.context.server_fields.both)
+    def _answer(self, status: int, why: str, method: str, fields: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        response = error_response(status, why, self.context.server_fields.both, fields)
         if method == "HEAD":
             response = response[: response.index(b"\r\n\r\n") + 4]
         self.transport.write(response)
@@ -434,6 +468,7 @@ _BEHAVIOUR = {
     Phase.WAITING: _Behaviour(Connection.data_received, Connection._eof_idle, Connection.close),
     Phase.HEAD: _Behaviour(Connection.data_received, Connection._eof_idle, Connection._timeout_head),
     Phase.BUSY: _Behaviour(Connection._take_busy, Connection._eof_busy, Connection._timeout_body),
+    Phase.UPGRADED: _Behaviour(Connection._take_frames, Connection._eof_upgraded, Connection._timeout_upgraded),
     Phase.DISCARDING: _Behaviour(Connection._discard, Connection.close, Connection.linger),
     Phase.MOVING: _Behaviour(Connection._keep_moving, Connection._ignore, Connection._ignore),
     Phase.LINGERING: _Behaviour(Connection._ignore, Connection.close, Connection.close),

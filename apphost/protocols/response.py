@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
@@ -229,10 +229,10 @@ class ServerFields:
         return b"".join(line for line in lines if not any(line.startswith(name) and has for name, has in given))
 
 
-def error_response(status: int, why: str, extra: bytes) -> bytes:
+def error_response(status: int, why: str, extra: bytes, fields: Sequence[tuple[bytes, bytes]] = ()) -> bytes:
     """A whole response of the server's own: plain text, our words only, and the end of the connection."""
     body = f"{status} {HTTPStatus(status).phrase}: {why}\n".encode()
-    head = ResponseHead(status, [(b"content-type", b"text/plain; charset=utf-8")])
+    head = ResponseHead(status, [(b"content-type", b"text/plain; charset=utf-8"), *fields])
     return finish_head(head, Framing.LENGTH, True, len(body), False, extra) + body
 
 

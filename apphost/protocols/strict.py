@@ -198,6 +198,7 @@ def examine(head: RequestHead, underscores: str = "drop") -> None:
     head.chunked = False
     head.content_length = None
     head.expect = False
+    head.upgrade = False
     head.keep_alive = modern
     if not _FRAMING_FIELDS.isdisjoint(fields):
         _decide_framing(head, fields, modern)
@@ -251,12 +252,20 @@ def _decide_framing(head: RequestHead, fields: dict[bytes, bytes], modern: bool)
     connection = fields.get(b"connection")
     if connection is not None:
         head.keep_alive = _wishes_keep_alive(connection, modern)
+        upgrade = fields.get(b"upgrade")
+        if upgrade is not None and head.method == "GET":
+            head.upgrade = b"upgrade" in _words(connection) and b"websocket" in _words(upgrade)
+
+
+def _words(value: bytes) -> list[bytes]:
+    """The members of a list of case-insensitive words (RFC 9110, 5.6.1)."""
+    return [word.strip(b" \t").lower() for word in value.split(b",")]
 
 
 def _wishes_keep_alive(connection: bytes, modern: bool) -> bool:
     if connection == b"keep-alive":  # what browsers say
         return True
-    options = [option.strip(b" \t").lower() for option in connection.split(b",")]
+    options = _words(connection)
     return b"close" not in options and (modern or b"keep-alive" in options)
 
 

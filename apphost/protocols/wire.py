@@ -7,12 +7,18 @@ import enum
 import os
 import socket
 import struct
+import sys
 from abc import ABC, abstractmethod
 
 from apphost.protocols.capsule import BYTES_MAX, Capsule
 from apphost.protocols.context import Context
 from apphost.protocols.deadlines import NEVER, RESOLUTION
 from apphost.protocols.exchange import Exchange
+from apphost.protocols.websocket import WebSocket
+
+# That of asyncio has no back-pressure before 3.12.9 and 3.13.2 (CVE-2024-12254), and up to 3.14.0 it writes on after
+# the connection was lost.
+_BROKEN_WRITELINES = (3, 12) <= sys.version_info < (3, 14, 1)
 
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER, on, 0 s: close sends RST
 
@@ -21,6 +27,7 @@ class Phase(enum.Enum):
     WAITING = "waiting"  # for the first byte of a request
     HEAD = "head"  # a head is half received
     BUSY = "busy"  # a request is being answered
+    UPGRADED = "upgraded"  # it is a WebSocket now
     DISCARDING = "discarding"  # answered, but the rest of its body must come before the next request can
     MOVING = "moving"  # offered to another worker; nothing is read until it is gone or has come back
     LINGERING = "lingering"  # the last word is said; reading on, so that it is not lost to a reset (RFC 9112, 9.6)
@@ -50,12 +57,14 @@ class Wire(asyncio.Protocol, ABC):
         "server",
         "slot",
         "transport",
+        "websocket",
         "write_deadline",
         "write_paused",
     )
 
     transport: asyncio.Transport
     exchange: Exchange | None
+    websocket: WebSocket | None
     client: tuple[str, int] | None
     server: tuple[str, int | None]
 
@@ -65,6 +74,7 @@ class Wire(asyncio.Protocol, ABC):
         self.buffer = b""
         self.scanned = 0  # bytes of `buffer` in which the end of a head was looked for in vain
         self.exchange = None
+        self.websocket = None
         self.requests = 0
         self.eof = False  # the client has ended its side
         self.read_paused = False
@@ -81,6 +91,17 @@ class Wire(asyncio.Protocol, ABC):
 
     def fileno(self) -> int:
         return int(self.transport.get_extra_info("socket").fileno())
+
+    # -- bytes for the client
+
+    def write(self, data: bytes) -> None:
+        self.transport.write(data)
+
+    def write_many(self, pieces: list[bytes]) -> None:
+        if _BROKEN_WRITELINES and isinstance(self.context.loop, asyncio.SelectorEventLoop):
+            self.transport.write(b"".join(pieces))
+        else:
+            self.transport.writelines(pieces)
 
     # -- ends
 
@@ -134,7 +155,18 @@ class Wire(asyncio.Protocol, ABC):
         if not self.slot or deadline < self.slot * RESOLUTION - RESOLUTION:
             self.context.deadlines.watch(self)
 
+    def expect_within(self, seconds: float) -> None:
+        """Time out after this, in place of what was set before."""
+        self._arm(self.context.loop.time() + seconds)
+
     # -- flow of the client's bytes
+
+    def read_on(self, wanted: bool) -> None:
+        """Read, or leave what comes in the kernel."""
+        if wanted:
+            self._resume()
+        else:
+            self._pause()
 
     def _pause(self) -> None:
         if not self.read_paused and not self.eof:

@@ -10,7 +10,6 @@ from apphost.errors import ApplicationError
 from apphost.protocols.context import Context
 from apphost.protocols.http1 import Connection
 
-_REQUEST = b"GET %b HTTP/1.1\r\nHost: localhost\r\nUser-Agent: apphost-ready-probe\r\nConnection: close\r\n\r\n"
 _STATUS = re.compile(rb"HTTP/1\.1 ([0-9]{3}) ")
 _HEAD_MAX = 65536  # bytes of the answer in which the status line must be
 

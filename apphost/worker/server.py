@@ -20,6 +20,7 @@ from apphost.protocols.base import HeadParser
 from apphost.protocols.context import Context, Timeouts
 from apphost.protocols.response import ServerFields
 from apphost.protocols.strict import Limits
+from apphost.protocols.websocket import WebSocketOptions
 from apphost.worker.acceptor import Acceptor
 from apphost.worker.handover import Receiver, Sender
 from apphost.worker.loading import load_plugin
@@ -83,6 +84,18 @@ class Server:
             underscores=settings.underscore_headers,
         )
 
+    def _websocket_options(self) -> WebSocketOptions | None:
+        settings = self.settings
+        if settings.ws == "none" or not self.context.interface.websockets:
+            return None
+        return WebSocketOptions(
+            ping_interval=settings.ws_ping_interval,
+            ping_timeout=settings.ws_ping_timeout,
+            close_timeout=settings.ws_close_timeout,
+            message=settings.limit_ws_message,
+            compression=settings.ws_compression,
+        )
+
     # -- life
 
     async def serve(self, app: Any, interface: str, names: dict[str, str], started: float) -> None:
@@ -91,6 +104,7 @@ class Server:
         self.loop.add_signal_handler(signal.SIGTERM, self._stray_term)
         self._open_access_log()
         lifespan = await self._start_application(app, interface)
+        self.context.websockets = self._websocket_options()
         if self.settings.ready_probe and self.state is State.BOOTING:
             await probe(self.loop, self.context, self.settings.ready_probe)
         if self.state is State.BOOTING:

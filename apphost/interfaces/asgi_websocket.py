@@ -1,0 +1,149 @@
+"""One WebSocket as a call of an ASGI application: its scope, receive and send. Spec version 2.5."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from apphost.interfaces.asgi_http import AsgiRequest, Event, as_bytes, http_scope, raised
+from apphost.logs import escape
+from apphost.protocols.base import ClientDisconnected, ResponseError, Stream
+from apphost.protocols.frames import may_be_sent
+from apphost.protocols.response import ResponseHead
+
+if TYPE_CHECKING:
+    from apphost.interfaces.asgi import AsgiInterface
+    from apphost.protocols.websocket import WebSocket
+
+_DENIAL = "websocket."  # what is in front of the events of the denial response, which else are those of a response
+
+
+class AsgiWebSocket(AsgiRequest):
+    """A request until the application has answered the handshake: a denial is its response. From then on, `socket`."""
+
+    __slots__ = ("greeted", "socket")
+
+    def __init__(self, interface: AsgiInterface, stream: Stream) -> None:
+        self.greeted = False  # the application has had websocket.connect
+        self.socket: WebSocket | None = None
+        super().__init__(interface, stream)
+
+    def describe(self) -> str:
+        return f"WebSocket {escape(self.stream.head.target.decode('latin-1'))}"
+
+    def scope(self) -> dict[str, Any]:
+        scope = http_scope(self.stream, self.interface.root_path, self.interface.state)
+        del scope["method"]
+        scope["type"] = "websocket"
+        scope["scheme"] = "wss" if self.stream.scheme == "https" else "ws"
+        scope["subprotocols"] = self.stream.subprotocols
+        scope["extensions"]["websocket.http.response"] = {}
+        return scope
+
+    # -- the application's side
+
+    async def receive(self) -> Event:
+        """`websocket.connect`, then messages; `websocket.disconnect` from the end on, again and again."""
+        if not self.greeted:
+            self.greeted = True
+            return {"type": "websocket.connect"}
+        while True:
+            socket = self.socket
+            if socket is not None:
+                if socket.messages:
+                    message = socket.take()
+                    if type(message) is bytes:
+                        return {"type": "websocket.receive", "bytes": message, "text": None}
+                    return {"type": "websocket.receive", "bytes": None, "text": message}
+                if socket.ended:
+                    return {"type": "websocket.disconnect", "code": socket.code, "reason": socket.reason}
+            elif self.gone or self.stream.complete:
+                return {"type": "websocket.disconnect", "code": 1006, "reason": ""}
+            await self._wait()
+
+    async def send(self, event: Event) -> None:
+        """Take an event of the application. Raises as with a response; `ClientDisconnected` after any close, too."""
+        kind = event["type"]
+        socket = self.socket
+        if kind == "websocket.send" and socket is not None and socket.open:
+            socket.send(_message(event))
+            if not socket.writable:
+                await self._drained()
+            return
+        if (socket is not None and not socket.open) or (self.gone and not self.stream.connected):
+            raise ClientDisconnected("the WebSocket is closed")
+        act = _EVENTS.get(kind)
+        if act is not None:
+            act(self, event)
+        elif kind.startswith(_DENIAL + "http.response.") and socket is None:
+            await super().send({**event, "type": kind.removeprefix(_DENIAL)})
+        else:
+            raise ResponseError(f"{kind!r} was not expected {'after' if socket else 'before'} websocket.accept")
+
+    async def _drained(self) -> None:
+        socket = self.socket
+        if socket is None:
+            await super()._drained()
+            return
+        while not socket.writable and socket.open:
+            await self._wait()
+
+    def _accept(self, event: Event) -> None:
+        self.socket = self.stream.accept(self, event.get("subprotocol"), event.get("headers") or ())
+
+    def _close(self, event: Event) -> None:
+        code = event.get("code")
+        code = 1000 if code is None else code
+        reason = event.get("reason") or ""
+        if self.socket is None:
+            self._deny()
+        elif not may_be_sent(code):
+            raise ValueError(f"a WebSocket cannot be closed with code {code!r} (RFC 6455, 7.4)")
+        elif not isinstance(reason, str):
+            raise TypeError(f"the reason of a close must be str, not {type(reason).__name__}")
+        else:
+            self.socket.close(code, reason)
+            self._wake()
+
+    def _deny(self) -> None:
+        self.stream.start(ResponseHead(403, ()))
+        self.stream.write(b"", False)
+        self._wake()
+
+    # -- its end
+
+    def _returned(self) -> None:
+        if self.socket is not None:
+            self.socket.close(1000)
+        elif self.stream.connected and not self.started:
+            self._deny()
+        else:
+            super()._returned()
+
+    def _fail(self) -> None:
+        if self.socket is not None:
+            self.socket.close(1011)
+        super()._fail()
+
+    def _failure(self, exc: BaseException) -> str:
+        if self.socket is None:
+            return super()._failure(exc)
+        return raised(exc, "the WebSocket was closed with 1011")
+
+
+_EVENTS: dict[str, Callable[[AsgiWebSocket, Event], None]] = {
+    "websocket.accept": AsgiWebSocket._accept,
+    "websocket.close": AsgiWebSocket._close,
+}
+
+
+def _message(event: Event) -> str | bytes:
+    """Raises `ValueError` or `TypeError`."""
+    data, text = event.get("bytes"), event.get("text")
+    if (data is None) == (text is None):
+        raise ValueError("websocket.send needs either bytes or text")
+    if data is not None:
+        return data if type(data) is bytes else as_bytes(data)
+    if not isinstance(text, str):
+        raise TypeError(f"the text of a message must be str, not {type(text).__name__}")
+    return text

@@ -1,0 +1,272 @@
+"""One open WebSocket: messages for the application, control frames for us, the closing handshake (RFC 6455, 5 to 7).
+
+    OPEN --> CLOSING --> CLOSED     our close frame is out; the client's answer ends it, or its time is up
+      +----------------> CLOSED     the client's close frame came first and was answered, or the connection was lost
+
+The connection gives it bytes and time-outs; the interface takes messages and sends. It owns the limits: of messages
+that wait for the application, of work in one turn, of the wait for a pong and for the end.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from apphost.protocols.base import Handler
+from apphost.protocols.deadlines import NEVER
+from apphost.protocols.deflate import Deflate, negotiate
+from apphost.protocols.exchange import COPY_MAX, HIGH_WATER, NOBODY, Exchange
+from apphost.protocols.frames import (
+    PING,
+    PONG,
+    Broken,
+    Close,
+    Ping,
+    Pong,
+    Reader,
+    close_frame,
+    control_frame,
+    message_frame,
+)
+from apphost.protocols.handshake import accept_response
+
+if TYPE_CHECKING:
+    from apphost.protocols.wire import Wire
+
+# bytes that a waiting message counts besides its content, about what the object takes: a million empty ones are no
+# small thing
+MESSAGE_COST = 64
+
+
+class Life(enum.Enum):
+    OPEN = enum.auto()
+    CLOSING = enum.auto()  # we have said the last word; the client may still send
+    CLOSED = enum.auto()  # nothing reaches the client any more
+
+
+_OPEN, _CLOSING, _CLOSED = Life.OPEN, Life.CLOSING, Life.CLOSED
+
+
+@dataclass(frozen=True, slots=True)
+class WebSocketOptions:
+    """What holds for every socket. Durations in seconds, 0 for no pings; `message`: bytes of one, inflated."""
+
+    ping_interval: float = 20.0
+    ping_timeout: float = 20.0
+    close_timeout: float = 10.0  # for the client's half of the closing handshake
+    message: int = 16 * 2**20
+    compression: bool = True
+
+
+class WebSocket:
+    """See above. Event loop only. `handler` is told of what happens on the wire, as with a request."""
+
+    __slots__ = (
+        "_choked",
+        "_more",
+        "_ping",
+        "code",
+        "connection",
+        "deflate",
+        "handler",
+        "leaving",
+        "life",
+        "messages",
+        "options",
+        "reader",
+        "reason",
+        "waiting",
+    )
+
+    handler: Handler
+
+    def __init__(self, connection: Wire, options: WebSocketOptions, deflate: Deflate | None) -> None:
+        self.connection = connection
+        self.options = options
+        self.deflate = deflate
+        self.reader = Reader(options.message, deflate)
+        self.life = _OPEN
+        self.leaving = False  # the worker goes: the application is told, whatever the client still says
+        self.code = 1006  # how it ended (RFC 6455, 7.1.5); 1006 until anything better is known
+        self.reason = ""
+        self.messages: deque[str | bytes] = deque()  # not taken by the application yet
+        self.waiting = 0  # about the bytes that those take
+        self._ping = b""  # the payload of ours that was not answered yet
+        self._more = False  # the rest of what was read waits for its turn
+        self._choked = False  # the client asks for pongs and does not read them
+
+    # -- the application's side
+
+    @property
+    def open(self) -> bool:
+        return self.life is _OPEN
+
+    @property
+    def ended(self) -> bool:
+        """Whether no more messages will come: after the last of `messages`, `code` and `reason` say how it ended."""
+        return self.life is _CLOSED or self.leaving
+
+    @property
+    def writable(self) -> bool:
+        return not self.connection.write_paused
+
+    def take(self) -> str | bytes:
+        """The oldest message; IndexError when there is none."""
+        message = self.messages.popleft()
+        self.waiting -= len(message) + MESSAGE_COST
+        if self.connection.read_paused:
+            self._flow()
+        return message
+
+    def send(self, data: str | bytes) -> None:
+        """Send one message. Only while open."""
+        header, payload = message_frame(data, self.deflate)
+        if len(payload) > COPY_MAX:
+            self.connection.write_many([header, payload])
+        else:
+            self.connection.transport.write(header + payload)
+
+    def close(self, code: int, reason: str = "") -> None:
+        """Say the last word, and wait for the client's, for a while. Nothing happens unless it is open."""
+        if self.life is not _OPEN:
+            return
+        self.life = _CLOSING
+        self.connection.write(close_frame(code, reason))
+        self._arm(self.options.close_timeout)
+        self.messages.clear()
+        self.waiting = 0
+        self._flow()
+
+    def dismiss(self, code: int, reason: str) -> None:
+        """The worker goes: close, and tell the application at once."""
+        if self.life is _OPEN:
+            self.close(code, reason)
+            self.leaving = True
+            self.code, self.reason = code, reason
+            self.handler.disconnected()
+
+    # -- the wire's side
+
+    def begin(self, early: bytes) -> None:
+        """`early`: what the client has sent behind its handshake, which may not wait for more to come."""
+        self._arm(self.options.ping_interval)
+        if early:
+            self.reader.buffer = early
+            self._more = True
+            self._flow()
+            self.connection.context.loop.call_soon(self._go_on)
+
+    def feed(self, data: bytes) -> None:
+        """Bytes of the client."""
+        events, self._more = self.reader.feed(data)
+        replies = b""
+        came = False
+        for event in events:
+            if type(event) is bytes or type(event) is str:
+                if self.life is _OPEN:
+                    self.messages.append(event)
+                    self.waiting += len(event) + MESSAGE_COST
+                    came = True
+            else:
+                replies += self._answer(event)  # type: ignore[arg-type]  # mypy does not narrow by type()
+        if replies:
+            self.connection.write(replies)
+            self._choked = self.connection.write_paused
+        if self.life is _CLOSED:
+            self._end()
+            return
+        if self._more:
+            self.connection.context.loop.call_soon(self._go_on)
+        if self._more or self._choked or self.waiting > HIGH_WATER:
+            self._flow()
+        if came:
+            self.handler.body_arrived()
+
+    def _go_on(self) -> None:
+        if self._more:
+            self._more = False
+            self.feed(b"")
+            self._flow()
+
+    def _answer(self, event: Ping | Pong | Close | Broken) -> bytes:
+        """What a control frame changes, and the frame to send for it."""
+        was_open = self.life is _OPEN
+        if type(event) is Ping:
+            return control_frame(PONG, event.payload) if was_open else b""
+        if type(event) is Pong:
+            if event.payload == self._ping and self._ping and was_open:
+                self._ping = b""
+                self._arm(self.options.ping_interval)
+            return b""
+        assert type(event) is Close or type(event) is Broken
+        self.life = _CLOSED
+        if not self.leaving:
+            self.code, self.reason = event.code, event.reason
+        return close_frame(event.code, event.reason) if was_open else b""
+
+    def _end(self) -> None:
+        """Both have said their last word, or there is nothing more to wait for."""
+        self._more = False
+        self.connection.linger()
+        self._tell()
+
+    def lost(self) -> None:
+        """The connection has ended, or the client has ended its side without a word."""
+        self.life = _CLOSED
+        self._more = False
+        self._tell()
+
+    def _tell(self) -> None:
+        """No more events for the application."""
+        handler = self.handler
+        self.handler = NOBODY  # they refer to each other: without this every socket would wait for the collector
+        handler.disconnected()
+
+    # -- time-outs and flow
+
+    def timed_out(self) -> None:
+        if self.life is not _OPEN:
+            self.life = _CLOSED
+            self.connection.close()
+            self._tell()
+        elif self._ping and not self.connection.read_paused:
+            self.life = _CLOSED
+            self.code, self.reason = 1011, "no answer to a ping"
+            self.connection.write(close_frame(self.code, self.reason))
+            self._end()
+        elif self._ping:  # the answer may be there, but we do not read: the application is slow, not the client
+            self._arm(self.options.ping_timeout)
+        else:
+            self._ping = os.urandom(4)
+            self.connection.write(control_frame(PING, self._ping))
+            self._arm(self.options.ping_timeout)
+
+    def _arm(self, seconds: float) -> None:
+        self.connection.expect_within(seconds if seconds else NEVER)
+
+    def write_resumed(self) -> None:
+        self._choked = False
+        self._flow()
+        self.handler.write_resumed()
+
+    def _flow(self) -> None:
+        """Read or do not read, as things are."""
+        crowded = self.life is _OPEN and (self._choked or self.waiting > HIGH_WATER)
+        self.connection.read_on(not crowded and not self._more)
+
+
+def open_websocket(
+    exchange: Exchange, subprotocol: str | None, headers: Iterable[tuple[bytes, bytes]]
+) -> tuple[WebSocket, bytes]:
+    """The socket that `exchange` asks for, and the 101 that must go out for it. Raises as `accept_response`."""
+    context = exchange.context
+    options = context.websockets or WebSocketOptions()
+    deflate, extension = None, b""
+    if options.compression:
+        deflate, extension = negotiate(exchange.handshake.offers, options.message)
+    response = accept_response(exchange.handshake, subprotocol, headers, extension, context.server_fields.both)
+    return WebSocket(exchange.connection, options, deflate), response
