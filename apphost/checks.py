@@ -46,3 +46,15 @@ def clean_probe(path: str) -> str:
     if path and not re.fullmatch(r"/[!-~]*", path):
         raise ValueError("expected a path that starts with '/', in ASCII")
     return path
+
+
+ON_RELOAD = ("close", "rejoin", "resume")
+
+
+def clean_on_reload(entries: tuple[str, ...]) -> tuple[str, ...]:
+    """`PATTERN=POLICY` or `POLICY`, the pattern one for paths."""
+    for entry in entries:
+        pattern, equals, policy = entry.rpartition("=")
+        if policy not in ON_RELOAD or (equals and pattern[:1] not in ("/", "*")):
+            raise ValueError(f"expected one of {', '.join(ON_RELOAD)}, alone or behind a path, as in '/chat/*=rejoin'")
+    return entries

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from apphost.checks import clean_app, clean_bind, clean_probe, clean_root_path, usable_cpus
+from apphost.checks import clean_app, clean_bind, clean_on_reload, clean_probe, clean_root_path, usable_cpus
 from apphost.values import KINDS, Setting
 
 T = TypeVar("T")
@@ -166,6 +166,10 @@ class Settings:
         "A client must answer a ping within this, or its socket is closed with 1011.", unit="s", low=0.01, high=_WEEK)
     ws_close_timeout: float = setting(10.0, _WS,
         "A client must answer our close within this.", unit="s", low=0.01, high=_WEEK)
+    ws_on_reload: tuple[str, ...] = setting(("close",), _WS,
+        "What becomes of open sockets when their worker is replaced: `close` (with 1012), `rejoin` or `resume`, for "
+        "all or for a path, as in `/chat/*=rejoin`. The first that matches counts; can be repeated.",
+        separator=",", clean=clean_on_reload, metavar="RULE")
     # What uvicorn and hypercorn allow, too; the websockets library takes 1 MiB.
     limit_ws_message: int = setting(2**24, _WS,
         "Largest message of a WebSocket, after inflation.", unit="bytes", low=1, high=2**31)

@@ -11,7 +11,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from apphost.messages import MAX_MESSAGE, encode
-from apphost.protocols.capsule import BYTES_MAX, KIND, VERSION, Capsule, CapsuleError
+from apphost.protocols.capsule import (
+    BYTES_MAX,
+    HEAD_MAX,
+    HTTP,
+    STATE_MAX,
+    VERSION,
+    WEBSOCKET,
+    Capsule,
+    CapsuleError,
+    Socket,
+)
 from apphost.protocols.http1 import BUFFER_MAX
 
 FULL = Capsule(("192.0.2.1", 4711), ("192.0.2.2", 80), "http", 7, 12.5, True, b"GET / HT\x00\xff")
@@ -29,6 +39,21 @@ JSON = st.recursive(
 )
 # Paths of Unix sockets need not be UTF-8: they come with surrogates.
 TEXT = st.text(st.characters(max_codepoint=0x10FFFF, exclude_categories=())) | st.just("/run/\udcff.sock")
+NAMES = st.text("abcdefghijklmnopqrstuvwxyz-", min_size=1)
+SOCKETS = st.builds(
+    Socket,
+    target=st.binary(min_size=1),
+    headers=st.lists(st.tuples(NAMES.map(str.encode), st.binary().map(lambda value: value.replace(b"\n", b"")))),
+    offered=st.lists(NAMES),
+    subprotocol=st.none() | NAMES,
+    window=st.none() | st.tuples(st.integers(9, 15), st.integers(9, 15), st.booleans()),
+    messages=st.lists(st.text(st.characters(exclude_categories=["Cs"])) | st.binary()),
+    ping=st.binary(max_size=125),
+    state=st.none() | st.binary(),
+)
+SOCKET = Socket(
+    b"/chat", [(b"host", b"a"), (b"x", b"")], ["v1", "v2"], "v1", (12, 15, True), ["one", b"two"], b"p", b"s"
+)
 CAPSULES = st.builds(
     Capsule,
     client=st.none() | st.tuples(TEXT, st.integers(0, 65535)),
@@ -38,6 +63,7 @@ CAPSULES = st.builds(
     left=st.floats(allow_nan=False, allow_infinity=False),
     half=st.booleans(),
     data=st.binary(max_size=200),
+    socket=st.none() | SOCKETS,
 )
 
 
@@ -71,6 +97,39 @@ def _but_data(capsule: Capsule) -> tuple[Any, ...]:
     return capsule.client, capsule.server, capsule.scheme, capsule.requests, capsule.left, capsule.half
 
 
+def test_all_that_a_websocket_can_have_fits() -> None:
+    """In a message, with the largest of everything: what waits, a frame half read, a head, a state."""
+    messages: list[str | bytes] = [bytes(BYTES_MAX // 2)]
+    target, fields, names = b"/" * 8190, [(b"cookie", b"\xff" * (HEAD_MAX - 8190 - 8))], ["x" * 100] * 80
+    socket = Socket(target, fields, names, names[0], (15, 15, True), messages, bytes(125), bytes(STATE_MAX))
+    capsule = Capsule(*_but_data(FULL), bytes(BYTES_MAX // 2), socket)
+    assert through_the_wire(capsule) == capsule
+    assert len(encode(capsule.to_wire())) < MAX_MESSAGE
+
+
+@pytest.mark.parametrize("key", sorted(SOCKET.to_wire()))
+@given(value=JSON)
+def test_a_field_of_a_websocket_with_anything_in_it_is_refused_or_fits(key: str, value: object) -> None:
+    capsule = Capsule(None, ("a", 1), "http", 1, 1.0, False, b"", SOCKET)
+    wire = json.loads(json.dumps(capsule.to_wire()))
+    wire["socket"][key] = value
+    try:
+        arrived = Capsule.from_wire(wire)
+    except CapsuleError:
+        return
+    assert through_the_wire(arrived) == arrived
+
+
+@pytest.mark.parametrize("key", sorted(SOCKET.to_wire()))
+def test_no_field_of_a_websocket_may_be_missing(key: str) -> None:
+    wire = Capsule(None, ("a", 1), "http", 1, 1.0, False, b"", SOCKET).to_wire()
+    del wire["socket"][key]
+    with pytest.raises(CapsuleError):
+        Capsule.from_wire(wire)
+    with pytest.raises(CapsuleError):
+        Capsule.from_wire({**wire, "socket": None, "kind": WEBSOCKET})
+
+
 @pytest.mark.parametrize("key", sorted(FULL.to_wire()))
 @given(value=JSON)
 def test_a_field_with_anything_in_it_is_refused_or_fits(key: str, value: object) -> None:
@@ -91,7 +150,7 @@ def test_any_object_gives_a_capsule_or_a_capsule_error(wire: dict[str, Any]) -> 
     with pytest.raises(CapsuleError):
         Capsule.from_wire(wire)
     with pytest.raises(CapsuleError):
-        Capsule.from_wire({**wire, "v": VERSION, "kind": KIND, "half": None})
+        Capsule.from_wire({**wire, "v": VERSION, "kind": HTTP, "half": None})
 
 
 @pytest.mark.parametrize("key", sorted(FULL.to_wire()))

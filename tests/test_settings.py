@@ -31,6 +31,7 @@ SAMPLES = {
     "root_path": ("/one", "/two"),
     "ready_probe": ("/one", "/two?x=1"),
     "umask": ("022", "027"),
+    "ws_on_reload": ("rejoin", "/chat/*=resume"),
 }
 
 

@@ -8,23 +8,27 @@ from typing import TYPE_CHECKING, Any
 from apphost.interfaces.asgi_http import AsgiRequest, Event, as_bytes, http_scope, raised
 from apphost.logs import escape
 from apphost.protocols.base import ClientDisconnected, ResponseError, Stream
+from apphost.protocols.capsule import STATE_MAX
 from apphost.protocols.frames import may_be_sent
 from apphost.protocols.response import ResponseHead
+from apphost.protocols.websocket import Policy, WebSocket
 
 if TYPE_CHECKING:
     from apphost.interfaces.asgi import AsgiInterface
-    from apphost.protocols.websocket import WebSocket
 
+RESUME = "apphost.resume"  # the extension of the scope: {"state": bytes or None}, to be read, and to be set
 _DENIAL = "websocket."  # what is in front of the events of the denial response, which else are those of a response
 
 
 class AsgiWebSocket(AsgiRequest):
     """A request until the application has answered the handshake: a denial is its response. From then on, `socket`."""
 
-    __slots__ = ("greeted", "socket")
+    __slots__ = ("greeted", "legacy", "socket", "told")
 
     def __init__(self, interface: AsgiInterface, stream: Stream) -> None:
         self.greeted = False  # the application has had websocket.connect
+        self.told = False  # it has had websocket.disconnect
+        self.legacy: dict[str, Any] | None = None  # of the scope: the state that it finds, and may leave
         self.socket: WebSocket | None = None
         super().__init__(interface, stream)
 
@@ -36,8 +40,10 @@ class AsgiWebSocket(AsgiRequest):
         del scope["method"]
         scope["type"] = "websocket"
         scope["scheme"] = "wss" if self.stream.scheme == "https" else "ws"
-        scope["subprotocols"] = self.stream.subprotocols
+        scope["subprotocols"] = self.stream.opening.subprotocols
         scope["extensions"]["websocket.http.response"] = {}
+        if self.stream.opening.policy is Policy.RESUME:
+            self.legacy = scope["extensions"][RESUME] = {"state": self.stream.opening.state}
         return scope
 
     # -- the application's side
@@ -50,14 +56,16 @@ class AsgiWebSocket(AsgiRequest):
         while True:
             socket = self.socket
             if socket is not None:
-                if socket.messages:
+                if socket.messages and not socket.moving:
                     message = socket.take()
                     if type(message) is bytes:
                         return {"type": "websocket.receive", "bytes": message, "text": None}
                     return {"type": "websocket.receive", "bytes": None, "text": message}
                 if socket.ended:
+                    self.told = True
                     return {"type": "websocket.disconnect", "code": socket.code, "reason": socket.reason}
             elif self.gone or self.stream.complete:
+                self.told = True
                 return {"type": "websocket.disconnect", "code": 1006, "reason": ""}
             await self._wait()
 
@@ -65,12 +73,12 @@ class AsgiWebSocket(AsgiRequest):
         """Take an event of the application. Raises as with a response; `ClientDisconnected` after any close, too."""
         kind = event["type"]
         socket = self.socket
-        if kind == "websocket.send" and socket is not None and socket.open:
+        if kind == "websocket.send" and socket is not None and socket.open and not self.told:
             socket.send(_message(event))
             if not socket.writable:
                 await self._drained()
             return
-        if (socket is not None and not socket.open) or (self.gone and not self.stream.connected):
+        if self.told or (not self._undecided if socket is None else not socket.open):
             raise ClientDisconnected("the WebSocket is closed")
         act = _EVENTS.get(kind)
         if act is not None:
@@ -79,6 +87,11 @@ class AsgiWebSocket(AsgiRequest):
             await super().send({**event, "type": kind.removeprefix(_DENIAL)})
         else:
             raise ResponseError(f"{kind!r} was not expected {'after' if socket else 'before'} websocket.accept")
+
+    @property
+    def _undecided(self) -> bool:
+        """Whether an answer to the handshake can still reach the client."""
+        return self.stream.opening.rejoins or self.stream.connected
 
     async def _drained(self) -> None:
         socket = self.socket
@@ -89,7 +102,7 @@ class AsgiWebSocket(AsgiRequest):
             await self._wait()
 
     def _accept(self, event: Event) -> None:
-        self.socket = self.stream.accept(self, event.get("subprotocol"), event.get("headers") or ())
+        self.socket = self.stream.opening.accept(self, event.get("subprotocol"), event.get("headers") or ())
 
     def _close(self, event: Event) -> None:
         code = event.get("code")
@@ -106,6 +119,9 @@ class AsgiWebSocket(AsgiRequest):
             self._wake()
 
     def _deny(self) -> None:
+        if self.stream.opening.rejoins:
+            self.stream.opening.abandon(1012)
+            return
         self.stream.start(ResponseHead(403, ()))
         self.stream.write(b"", False)
         self._wake()
@@ -113,17 +129,35 @@ class AsgiWebSocket(AsgiRequest):
     # -- its end
 
     def _returned(self) -> None:
+        if self._parts():
+            return
         if self.socket is not None:
             self.socket.close(1000)
-        elif self.stream.connected and not self.started:
+        elif self._undecided and not self.started:
             self._deny()
         else:
             super()._returned()
 
     def _fail(self) -> None:
+        if self._parts():
+            return
         if self.socket is not None:
             self.socket.close(1011)
+        self.stream.opening.abandon(1011)
         super()._fail()
+
+    def _parts(self) -> bool:
+        """Whether it has finished because another worker's call of the application goes on with the socket."""
+        socket = self.socket
+        if socket is None or not socket.moving or not self.told:
+            return False
+        state = self.legacy["state"] if self.legacy is not None else None
+        if state is None or (isinstance(state, bytes) and len(state) <= STATE_MAX):
+            socket.part(state)
+        else:
+            self._say(f"left a state that is not bytes, {STATE_MAX} of them at most; the WebSocket is closed with 1012")
+            socket.dismiss(1012, "")
+        return True
 
     def _failure(self, exc: BaseException) -> str:
         if self.socket is None:

@@ -10,13 +10,12 @@ what an interface makes of a stream; the stream tells it what happens on the wir
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from apphost.protocols.context import Context
+    from apphost.protocols.opening import Opening
     from apphost.protocols.response import ResponseHead
-    from apphost.protocols.websocket import WebSocket
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -151,6 +150,7 @@ class Stream(ABC):
     scheme: str
     client: tuple[str, int] | None
     server: tuple[str, int | None]
+    opening: Opening  # of a request that asks for a WebSocket (`head.upgrade`), and may get it in place of a response
 
     # -- request body
 
@@ -165,21 +165,6 @@ class Stream(ABC):
     @abstractmethod
     def body_complete(self) -> bool:
         """Whether the whole body has arrived (not: was taken)."""
-
-    # -- WebSocket
-
-    @property
-    def subprotocols(self) -> list[str]:
-        """Those that a client which asks for a WebSocket offers, best first."""
-        return []
-
-    def accept(self, handler: Handler, subprotocol: str | None, headers: Iterable[tuple[bytes, bytes]]) -> WebSocket:
-        """Open the WebSocket that the request asks for (`head.upgrade`), in place of a response.
-
-        From then on the events of the wire, for `handler`, and all else are those of the result. Raises
-        `ResponseError`, `ValueError` or `TypeError` for what the application may not do or say; nothing was sent then.
-        """
-        raise ResponseError("there is no handshake to be answered")
 
     # -- response
 

@@ -39,6 +39,7 @@ class Context:
     websockets: what holds for them; None where they are not served.
     draining: the worker wants to go. closing: every response says `Connection: close`.
     on_idle: called with each connection that has come to wait for a request (so that it can move), None: not wanted.
+    on_socket: called with each connection that becomes a WebSocket, None: not wanted.
     requests: responses finished so far, of all connections; errors: those of them that were 5xx or cut short.
     on_enough: called when `requests` reaches `requests_wanted`. on_closed: called after a connection has ended.
     """
@@ -59,6 +60,7 @@ class Context:
         "on_closed",
         "on_enough",
         "on_idle",
+        "on_socket",
         "parser",
         "requests",
         "requests_wanted",
@@ -98,6 +100,7 @@ class Context:
         self.draining = False
         self.closing = False
         self.on_idle: Callable[[Connection], None] | None = None
+        self.on_socket: Callable[[Connection], None] | None = None
         self.requests = 0
         self.errors = 0
         self.keep_alive = self.timeouts.keep_alive

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from apphost.protocols.base import Handler, RequestHead, ResponseError, Stream
 from apphost.protocols.body import BodyDecoder
-from apphost.protocols.handshake import Handshake
 from apphost.protocols.response import Framing, ResponseHead, decide_framing, finish_head, wrong_length
 
 if TYPE_CHECKING:
     from apphost.protocols.http1 import Connection
-    from apphost.protocols.websocket import WebSocket
 
 HIGH_WATER = 65536  # bytes of a body that wait for the application before reading pauses: one socket read more or less
 COPY_MAX = 16384  # bytes of a body that are cheaper to copy behind the head than to write separately
@@ -68,9 +65,9 @@ class Exchange(Stream):
         "decoder",
         "expect",
         "handler",
-        "handshake",
         "head",
         "keep_alive",
+        "opening",
         "progress",
         "scheme",
         "sent",
@@ -80,7 +77,6 @@ class Exchange(Stream):
     )
 
     handler: Handler
-    handshake: Handshake  # of a request that asks for a WebSocket
     _response: ResponseHead
     _framing: Framing
     _remaining: int  # of the declared length
@@ -277,17 +273,11 @@ class Exchange(Stream):
         if out or data:
             connection.write(out + data if out else data)
 
-    @property
-    def subprotocols(self) -> list[str]:
-        return self.handshake.subprotocols
-
-    def accept(self, handler: Handler, subprotocol: str | None, headers: Iterable[tuple[bytes, bytes]]) -> WebSocket:
-        if self.progress is not _NOTHING or not self.head.upgrade:
-            raise ResponseError("there is no handshake to be answered")
-        socket = self.connection.upgrade(self, handler, subprotocol, headers)
+    def become_websocket(self) -> None:
+        """It has been answered with a WebSocket; nothing of the connection is its business any more."""
+        self.status = 101
         self.progress = _DONE
         self.handler = NOBODY
-        return socket
 
     def lend_socket(self, head: ResponseHead, count: int) -> tuple[int, bytes] | None:
         connection = self.connection

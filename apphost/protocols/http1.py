@@ -16,21 +16,22 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 from apphost.protocols import strict
-from apphost.protocols.base import BadRequest, Handler, RequestHead
+from apphost.protocols.base import BadRequest, RequestHead
 from apphost.protocols.body import decoder_for
 from apphost.protocols.capsule import Capsule
 from apphost.protocols.context import Context
 from apphost.protocols.deadlines import NEVER
 from apphost.protocols.exchange import DISCARD_MAX, HIGH_WATER, Exchange
 from apphost.protocols.handshake import read_handshake
+from apphost.protocols.opening import Opening, restore_websocket
 from apphost.protocols.response import error_response
 from apphost.protocols.strict import METHODS, UNDERSCORE, VERSIONS, check_raw, examine
-from apphost.protocols.websocket import WebSocket, open_websocket
-from apphost.protocols.wire import Phase, Wire
+from apphost.protocols.websocket import WebSocket
+from apphost.protocols.wire import Phase, Wire, addresses
 
 BUFFER_MAX = 65536  # bytes of pipelined requests that wait for their turn before reading pauses
 
@@ -63,7 +64,7 @@ class Connection(Wire):
         if self._capsule is not None:
             self._unpack(self._capsule)
         else:
-            self.client, self.server = _addresses(transport)
+            self.client, self.server = addresses(transport)
             self._arm(context.loop.time() + context.timeouts.request_header)
         if context.on_idle is not None:
             # Not at once: the transport begins to read after this method, also one that was paused in it.
@@ -74,6 +75,11 @@ class Connection(Wire):
         self._capsule = None
         self.client, self.server, self.scheme = capsule.client, capsule.server, capsule.scheme
         self.requests = capsule.requests
+        if capsule.socket is not None:
+            websocket = restore_websocket(self, capsule.socket)
+            self._go_on_as(websocket)
+            websocket.unpack(capsule.socket, capsule.data, capsule.left)
+            return
         self.buffer = capsule.data
         self.phase = _HEAD if capsule.half else _WAITING
         self._arm(self.context.loop.time() + capsule.left)
@@ -89,8 +95,16 @@ class Connection(Wire):
         """No other worker has taken it: go on here, where it was."""
         if self.phase is not _MOVING:
             return
-        self.phase = _WAITING
+        self.phase = _WAITING if self.websocket is None else Phase.UPGRADED
         self._arm(self.context.loop.time() if self.read_deadline == NEVER else self.read_deadline)
+        if self.websocket is not None:
+            data, self.buffer = self.buffer, b""
+            self.websocket.stay(data)
+            if self.eof:
+                self._eof_upgraded()
+            elif self.context.on_socket is not None:
+                self.context.on_socket(self)
+            return
         self._resume()
         self.scanned = 0
         self._pump()
@@ -279,24 +293,23 @@ class Connection(Wire):
         """Raises `BadRequest`. Where WebSockets are not served, the request is one like any other (RFC 9110, 7.8)."""
         exchange.head.upgrade = self.context.websockets is not None
         if exchange.head.upgrade:
-            exchange.handshake = read_handshake(exchange.head)
+            exchange.opening = Opening(exchange, read_handshake(exchange.head))
             exchange.keep_alive = False  # nobody can tell what a client that was denied has sent behind its handshake
 
-    def upgrade(
-        self, exchange: Exchange, handler: Handler, subprotocol: str | None, headers: Iterable[tuple[bytes, bytes]]
-    ) -> WebSocket:
-        """Open the socket that `exchange` asks for. Raises `ValueError` and `TypeError`; nothing was sent then."""
-        websocket, response = open_websocket(exchange, subprotocol, headers)
-        websocket.handler = handler
-        self.write(response)
-        exchange.status = 101
+    def upgrade(self, exchange: Exchange, websocket: WebSocket) -> None:
+        """`exchange` was answered with `websocket`."""
+        exchange.become_websocket()
         self._account(exchange)
         self.exchange = None
+        early, self.buffer = self.buffer, b""
+        self._go_on_as(websocket)
+        websocket.begin(early)
+
+    def _go_on_as(self, websocket: WebSocket) -> None:
         self.websocket = websocket
         self.phase = Phase.UPGRADED
-        early, self.buffer = self.buffer, b""
-        websocket.begin(early)
-        return websocket
+        if self.context.on_socket is not None:
+            self.context.on_socket(self)
 
     def _take_frames(self, data: bytes) -> None:
         if self.websocket is not None:
@@ -474,15 +487,3 @@ _BEHAVIOUR = {
     Phase.LINGERING: _Behaviour(Connection._ignore, Connection.close, Connection.close),
     Phase.CLOSED: _Behaviour(Connection._ignore, Connection._ignore, Connection.abort),
 }
-
-
-def _addresses(transport: asyncio.BaseTransport) -> tuple[tuple[str, int] | None, tuple[str, int | None]]:
-    """Client and server in the form of the ASGI scope: (host, port), two items for IPv6 too; a Unix socket has no
-    client, and its server is (path, None)."""
-    own = transport.get_extra_info("sockname")
-    if isinstance(own, tuple):
-        peer = transport.get_extra_info("peername")
-        client = (peer[0], peer[1]) if isinstance(peer, tuple) else None
-        return client, (own[0], own[1])
-    path = own.decode("utf-8", "surrogateescape") if isinstance(own, bytes) else own or ""
-    return None, (path, None)

@@ -10,16 +10,20 @@ that wait for the application, of work in one turn, of the wait for a pong and f
 from __future__ import annotations
 
 import enum
+import fnmatch
+import itertools
 import os
+import re
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from apphost.protocols.base import Handler
+from apphost.protocols.capsule import BYTES_MAX, HEAD_MAX, Socket
 from apphost.protocols.deadlines import NEVER
-from apphost.protocols.deflate import Deflate, negotiate
-from apphost.protocols.exchange import COPY_MAX, HIGH_WATER, NOBODY, Exchange
+from apphost.protocols.deflate import Deflate
+from apphost.protocols.exchange import COPY_MAX, HIGH_WATER, NOBODY
 from apphost.protocols.frames import (
     PING,
     PONG,
@@ -32,9 +36,9 @@ from apphost.protocols.frames import (
     control_frame,
     message_frame,
 )
-from apphost.protocols.handshake import accept_response
 
 if TYPE_CHECKING:
+    from apphost.protocols.opening import Opening
     from apphost.protocols.wire import Wire
 
 # bytes that a waiting message counts besides its content, about what the object takes: a million empty ones are no
@@ -46,6 +50,26 @@ class Life(enum.Enum):
     OPEN = enum.auto()
     CLOSING = enum.auto()  # we have said the last word; the client may still send
     CLOSED = enum.auto()  # nothing reaches the client any more
+
+
+class Policy(enum.Enum):
+    """What becomes of an open socket when its worker is replaced."""
+
+    CLOSE = "close"  # closed with 1012: the client comes back by itself
+    REJOIN = "rejoin"  # the application is called anew by the next worker, and the client does not notice
+    RESUME = "resume"  # the same, and finds the state that it left before
+
+
+OnReload = Sequence[tuple[Callable[[str], object], Policy]]
+
+
+def read_on_reload(entries: Iterable[str]) -> OnReload:
+    """From `PATTERN=POLICY` (shell wildcards; `*` also matches slashes) or only `POLICY`, for all paths."""
+    rules = []
+    for entry in entries:
+        pattern, equals, policy = entry.rpartition("=")
+        rules.append((re.compile(fnmatch.translate(pattern if equals else "*")).match, Policy(policy)))
+    return rules
 
 
 _OPEN, _CLOSING, _CLOSED = Life.OPEN, Life.CLOSING, Life.CLOSED
@@ -60,6 +84,11 @@ class WebSocketOptions:
     close_timeout: float = 10.0  # for the client's half of the closing handshake
     message: int = 16 * 2**20
     compression: bool = True
+    on_reload: OnReload = ()
+
+    def policy(self, path: str) -> Policy:
+        """What becomes of a socket of this path when its worker goes: the first pattern that matches decides."""
+        return next((policy for matches, policy in self.on_reload if matches(path)), Policy.CLOSE)
 
 
 class WebSocket:
@@ -67,27 +96,47 @@ class WebSocket:
 
     __slots__ = (
         "_choked",
+        "_due",
         "_more",
+        "_packed",
         "_ping",
+        "_state",
         "code",
         "connection",
         "deflate",
         "handler",
+        "head",
         "leaving",
         "life",
         "messages",
+        "moving",
+        "offered",
         "options",
+        "parted",
+        "policy",
         "reader",
         "reason",
+        "subprotocol",
         "waiting",
     )
 
     handler: Handler
 
-    def __init__(self, connection: Wire, options: WebSocketOptions, deflate: Deflate | None) -> None:
+    def __init__(
+        self,
+        connection: Wire,
+        options: WebSocketOptions,
+        deflate: Deflate | None,
+        opening: Opening,
+        subprotocol: str | None,
+    ) -> None:
         self.connection = connection
         self.options = options
         self.deflate = deflate
+        self.head = opening.head
+        self.policy = opening.policy
+        self.offered = opening.subprotocols
+        self.subprotocol = subprotocol
         self.reader = Reader(options.message, deflate)
         self.life = _OPEN
         self.leaving = False  # the worker goes: the application is told, whatever the client still says
@@ -98,6 +147,12 @@ class WebSocket:
         self._ping = b""  # the payload of ours that was not answered yet
         self._more = False  # the rest of what was read waits for its turn
         self._choked = False  # the client asks for pongs and does not read them
+        # -- on the way to another worker
+        self.moving = False  # the application has to finish, so that another worker's can go on
+        self.parted = False  # it has
+        self._packed = False  # and the socket was offered to another worker
+        self._state: bytes | None = None  # what it leaves
+        self._due = 0.0  # seconds to the next ping, or to the end of the time for an answer
 
     # -- the application's side
 
@@ -108,7 +163,7 @@ class WebSocket:
     @property
     def ended(self) -> bool:
         """Whether no more messages will come: after the last of `messages`, `code` and `reason` say how it ended."""
-        return self.life is _CLOSED or self.leaving
+        return self.life is _CLOSED or self.leaving or self.moving
 
     @property
     def writable(self) -> bool:
@@ -143,22 +198,101 @@ class WebSocket:
 
     def dismiss(self, code: int, reason: str) -> None:
         """The worker goes: close, and tell the application at once."""
-        if self.life is _OPEN:
+        if self.life is _OPEN and not self._packed:
             self.close(code, reason)
             self.leaving = True
             self.code, self.reason = code, reason
+            self.moving = False
             self.handler.disconnected()
+
+    # -- moving to another worker
+
+    def leave(self, patience: float) -> None:
+        """Have the application finish, within `patience` seconds, so that another worker's goes on with the socket.
+
+        It gets a disconnect with 1012 in place of further messages; those, and what is still in the kernel, are for
+        the one after it.
+        """
+        if self.life is not _OPEN or self.moving:
+            return
+        self.moving = True
+        self.code = 1012
+        self._due = self.connection.read_deadline - self.connection.context.loop.time()
+        self._arm(patience)
+        self._flow()
+        self.handler.disconnected()
+
+    def part(self, state: bytes | None) -> None:
+        """The application has finished, and leaves `state`."""
+        self.parted = True
+        self.handler = NOBODY
+        self._state = state
+        self._offer()
+
+    @property
+    def movable(self) -> bool:
+        """Whether all that there is of it can be said: the application is done and no message is half read."""
+        return (
+            self.moving
+            and self.parted
+            and self.life is _OPEN
+            and self.reader.at_boundary
+            and (self.deflate is None or not self.deflate.keep_theirs)
+            and self.waiting + len(self.reader.buffer) <= BYTES_MAX
+            and sum(map(len, itertools.chain(*self.head.headers, (self.head.target,)))) <= HEAD_MAX
+        )
+
+    def _offer(self) -> None:
+        context = self.connection.context
+        if self.movable and context.on_idle is not None:
+            context.on_idle(self.connection)  # type: ignore[arg-type]
+
+    def pack(self) -> tuple[float, bytes, Socket]:
+        """Seconds to the next time-out, what was read and not parsed, and all the rest."""
+        self._more = False
+        self._packed = True
+        deflate = self.deflate
+        data, self.reader.buffer = self.reader.buffer, b""
+        return self._due, data, Socket(
+            target=self.head.target,
+            headers=self.head.headers,
+            offered=self.offered,
+            subprotocol=self.subprotocol,
+            window=None if deflate is None else (deflate.ours, deflate.theirs, deflate.keep_ours),
+            messages=list(self.messages),
+            ping=self._ping,
+            state=self._state,
+        )  # fmt: skip
+
+    def stay(self, data: bytes) -> None:
+        """No other worker has taken it; `data` is what `pack` gave, and what came since."""
+        self._packed = False
+        self.reader.buffer = data
+
+    def unpack(self, socket: Socket, data: bytes, left: float) -> None:
+        """Go on where another worker has stopped."""
+        self.messages.extendleft(reversed(socket.messages))
+        self.waiting = sum(len(message) + MESSAGE_COST for message in self.messages)
+        self._ping = socket.ping
+        self._arm(left)
+        self._take_later(data)
+        if self.messages:
+            self.handler.body_arrived()
 
     # -- the wire's side
 
     def begin(self, early: bytes) -> None:
         """`early`: what the client has sent behind its handshake, which may not wait for more to come."""
         self._arm(self.options.ping_interval)
-        if early:
-            self.reader.buffer = early
+        self._take_later(early)
+
+    def _take_later(self, data: bytes) -> None:
+        """Bytes that are there before anybody is ready for them."""
+        if data:
+            self.reader.buffer = data
             self._more = True
-            self._flow()
             self.connection.context.loop.call_soon(self._go_on)
+        self._flow()
 
     def feed(self, data: bytes) -> None:
         """Bytes of the client."""
@@ -183,7 +317,10 @@ class WebSocket:
             self.connection.context.loop.call_soon(self._go_on)
         if self._more or self._choked or self.waiting > HIGH_WATER:
             self._flow()
-        if came:
+        if self.moving:
+            self._flow()
+            self._offer()
+        elif came:
             self.handler.body_arrived()
 
     def _go_on(self) -> None:
@@ -229,7 +366,9 @@ class WebSocket:
     # -- time-outs and flow
 
     def timed_out(self) -> None:
-        if self.life is not _OPEN:
+        if self.moving:
+            self.dismiss(1012, "the application did not part in time")
+        elif self.life is not _OPEN:
             self.life = _CLOSED
             self.connection.close()
             self._tell()
@@ -252,21 +391,10 @@ class WebSocket:
         self._choked = False
         self._flow()
         self.handler.write_resumed()
+        self._offer()
 
     def _flow(self) -> None:
         """Read or do not read, as things are."""
         crowded = self.life is _OPEN and (self._choked or self.waiting > HIGH_WATER)
-        self.connection.read_on(not crowded and not self._more)
-
-
-def open_websocket(
-    exchange: Exchange, subprotocol: str | None, headers: Iterable[tuple[bytes, bytes]]
-) -> tuple[WebSocket, bytes]:
-    """The socket that `exchange` asks for, and the 101 that must go out for it. Raises as `accept_response`."""
-    context = exchange.context
-    options = context.websockets or WebSocketOptions()
-    deflate, extension = None, b""
-    if options.compression:
-        deflate, extension = negotiate(exchange.handshake.offers, options.message)
-    response = accept_response(exchange.handshake, subprotocol, headers, extension, context.server_fields.both)
-    return WebSocket(exchange.connection, options, deflate), response
+        enough = self.moving and self.reader.at_boundary
+        self.connection.read_on(not crowded and not enough and not self._more)

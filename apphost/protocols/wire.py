@@ -197,8 +197,9 @@ class Wire(asyncio.Protocol, ABC):
     def movable(self) -> bool:
         """Whether nothing of this connection is in anybody's hands: no request in progress, nothing left to write."""
         transport = self.transport
+        websocket = self.websocket
         return (
-            (self.phase is _WAITING or self.phase is _HEAD)
+            (self.phase is _WAITING or self.phase is _HEAD or (websocket is not None and websocket.movable))
             and not self.eof
             and not self.write_paused
             and len(self.buffer) <= BYTES_MAX
@@ -215,9 +216,12 @@ class Wire(asyncio.Protocol, ABC):
         """Stop reading, and say all that another worker must know. `stay` or `let_go` must follow."""
         left = self.read_deadline - self.context.loop.time()
         half = self.phase is _HEAD
+        socket = None
+        if self.websocket is not None:
+            left, self.buffer, socket = self.websocket.pack()
         self._pause()
         self.phase = _MOVING
-        return Capsule(self.client, self.server, self.scheme, self.requests, left, half, self.buffer)
+        return Capsule(self.client, self.server, self.scheme, self.requests, left, half, self.buffer, socket)
 
     def let_go(self) -> None:
         """It belongs to another worker now: close our descriptor, which the client does not notice."""
@@ -225,3 +229,15 @@ class Wire(asyncio.Protocol, ABC):
             self.buffer = b""
             self.phase = _CLOSED
             self.transport.abort()
+
+
+def addresses(transport: asyncio.BaseTransport) -> tuple[tuple[str, int] | None, tuple[str, int | None]]:
+    """Client and server in the form of the ASGI scope: (host, port), two items for IPv6 too; a Unix socket has no
+    client, and its server is (path, None)."""
+    own = transport.get_extra_info("sockname")
+    if isinstance(own, tuple):
+        peer = transport.get_extra_info("peername")
+        client = (peer[0], peer[1]) if isinstance(peer, tuple) else None
+        return client, (own[0], own[1])
+    path = own.decode("utf-8", "surrogateescape") if isinstance(own, bytes) else own or ""
+    return None, (path, None)

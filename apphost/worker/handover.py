@@ -306,6 +306,8 @@ class Receiver:
             why = f"not understood: {exc}"
         if len(fds) != 1 or type(number) is not int or number in self._prepared:
             why = why or "one descriptor and a new number are needed"
+        if not why and capsule.socket is not None and self._context.websockets is None:
+            why = "WebSockets are not served any more"
         if not why and not self._has_room():
             why = "no room"
         if why:

@@ -18,12 +18,14 @@ from apphost.logs import AccessLog, Log, open_access_log
 from apphost.messages import Channel, Message, ProtocolError
 from apphost.protocols.base import HeadParser
 from apphost.protocols.context import Context, Timeouts
+from apphost.protocols.http1 import Connection
 from apphost.protocols.response import ServerFields
 from apphost.protocols.strict import Limits
-from apphost.protocols.websocket import WebSocketOptions
+from apphost.protocols.websocket import WebSocketOptions, read_on_reload
 from apphost.worker.acceptor import Acceptor
 from apphost.worker.handover import Receiver, Sender
 from apphost.worker.loading import load_plugin
+from apphost.worker.parting import Parting
 from apphost.worker.probe import probe
 from apphost.worker.recycling import Recycling
 
@@ -54,6 +56,7 @@ class Server:
         self.pool: ThreadPool | None = None
         self.sender: Sender | None = None  # to the successors, while draining
         self.receivers: set[Receiver] = set()  # from workers that drain
+        self.parting = Parting(loop)
         self.drained = asyncio.Event()
         self._stopping = False  # the drain is for a stop: nobody takes our connections
         self._tick_handle: asyncio.TimerHandle | None = None
@@ -94,6 +97,7 @@ class Server:
             close_timeout=settings.ws_close_timeout,
             message=settings.limit_ws_message,
             compression=settings.ws_compression,
+            on_reload=read_on_reload(settings.ws_on_reload),
         )
 
     # -- life
@@ -294,13 +298,26 @@ class Server:
         self.context.on_idle = self.sender.offer
         for connection in list(self.context.connections):
             self.sender.offer(connection)
+        self._part_sockets()
 
     def _end_connections(self, stopping: bool) -> None:
         """Nobody takes our connections: each gets its polite end here."""
         self.context.on_idle = None
         self.context.closing = True
+        self._part_sockets()
         if stopping:  # nobody waits for a connection that is silent
             self.loop.call_later(IDLE_STOP_GRACE, self._close_idle)
+
+    def _part_sockets(self, *_later: Connection) -> None:
+        """Plan how the WebSockets go; those that are opened later come with a new plan."""
+        self.context.on_socket = self._part_sockets
+        left = self.deadline - self.loop.time()
+        if self._stopping:
+            self.parting.end(self.context.connections)
+        elif self.context.on_idle is None:
+            self.parting.close(self.context.connections, left)
+        else:
+            self.parting.move(self.context.connections, left)
 
     def _close_idle(self) -> None:
         for connection in list(self.context.connections):
