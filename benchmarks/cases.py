@@ -20,13 +20,17 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Case:
-    """``apphost`` should answer ``at_least`` times the requests a second of ``against``; ``beside`` is shown too."""
+    """``apphost`` should answer ``at_least`` times the requests a second of ``against``; ``beside`` is shown too.
+
+    ``message``: the load is a WebSocket echo of so many bytes, and a request is a message; 0 is HTTP.
+    """
 
     name: str
     apphost: Contestant
     against: Contestant
     at_least: float
     beside: tuple[Contestant, ...] = ()
+    message: int = 0
 
     @property
     def contestants(self) -> tuple[Contestant, ...]:
@@ -51,12 +55,22 @@ def _granian(interface: str, app: str, extra: str, label: str) -> Contestant:
     return Contestant(f"granian, {label}", False, ("granian", app, *options.split()))
 
 
+def _uvicorn_ws(library: str) -> Contestant:
+    options = f"{_PEER_BIND} --http httptools --loop uvloop --ws {library} --no-access-log --no-proxy-headers"
+    return Contestant(f"uvicorn, {library}", False, ("uvicorn", "echo_asgi:app", *options.split()))
+
+
 def _gunicorn(app: str) -> Contestant:
     options = "--bind 127.0.0.1:{port} --workers 1 --worker-class gthread --threads 4 --no-control-socket"
     heartbeat = ("--worker-tmp-dir", "/dev/shm") if os.path.isdir("/dev/shm") else ()
     return Contestant("gunicorn, gthread, 4 threads", False, ("gunicorn", app, *options.split(), *heartbeat))
 
 
+_GRANIAN_WS = Contestant(
+    "granian, asgi + uvloop",
+    False,
+    ("granian", "echo_asgi:app", *f"{_PEER_BIND} --interface asgi --http 1 --no-access-log --loop uvloop".split()),
+)
 _GRANIAN_DEFAULT = ("", "wsgi")
 _GRANIAN_AT_ITS_BEST = ("--blocking-threads 4", "wsgi, 4 blocking threads")
 
@@ -84,4 +98,16 @@ CASES = (
         1.1,
         (_granian("wsgi", "hello_flask:app", *_GRANIAN_AT_ITS_BEST),),
     ),
+    *(
+        Case(
+            f"ws-echo-{size}",
+            _apphost("echo_asgi:app", "httptools", "uvloop"),
+            _uvicorn_ws("wsproto"),
+            1.3,
+            (_uvicorn_ws("websockets"),),
+            message=size,
+        )
+        for size in (64, 16384)
+    ),
+    Case("ws-echo-64-granian", _apphost("echo_asgi:app", "httptools", "uvloop"), _GRANIAN_WS, 1.0, message=64),
 )

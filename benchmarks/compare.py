@@ -171,29 +171,32 @@ def core_speed(core: int) -> float:
         os.sched_setaffinity(0, allowed)
 
 
-def run_wrk(core: int, port: int, seconds: int) -> tuple[WrkResult, float]:
-    """The result, and the share of its core that wrk used."""
-    options = ["-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", f"http://127.0.0.1:{port}/"]
-    command = ["taskset", "-c", str(core), "wrk", *options]
+def run_load(core: int, port: int, seconds: int, message: int) -> tuple[WrkResult, float]:
+    """The result, and the share of its core that the client used: wrk, or with a ``message`` echo.py."""
+    if message:
+        load = [sys.executable, str(HERE / "echo.py"), str(port), str(seconds), str(message)]
+    else:
+        load = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", f"http://127.0.0.1:{port}/"]
+    command = ["taskset", "-c", str(core), *load]
     before, start = os.times(), time.monotonic()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 30)
         result = parse_wrk(done.stdout + done.stderr)
     except (subprocess.SubprocessError, ValueError) as error:
-        raise RunFailed(f"wrk: {error}") from error
+        raise RunFailed(f"{Path(load[-4]).name}: {error}") from error
     after = os.times()
     used = after.children_user + after.children_system - before.children_user - before.children_system
     return result, used / (time.monotonic() - start)
 
 
-def measure(bench: Bench, contestant: Contestant, number: int, warmup: int, seconds: int) -> Sample:
+def measure(bench: Bench, contestant: Contestant, message: int, number: int, warmup: int, seconds: int) -> Sample:
     speed = core_speed(bench.server_core)
     errors: dict[str, int] = {}
     try:
         with serving(bench, contestant) as (server, port):
-            warm, _ = run_wrk(bench.client_core, port, warmup)
+            warm, _ = run_load(bench.client_core, port, warmup, message)
             errors = {f"{kind} in warm-up": count for kind, count in warm.errors.items()}
-            result, busy = run_wrk(bench.client_core, port, seconds)
+            result, busy = run_load(bench.client_core, port, seconds, message)
             errors |= result.errors
             check_pinned(server.pid, bench.server_core)
             ask(port)
@@ -206,7 +209,7 @@ def measure_case(bench: Bench, case: Case, rounds: int, warmup: int, seconds: in
     samples: list[list[Sample]] = [[] for _ in case.contestants]
     for number in range(1, rounds + 1):
         for contestant, collected in zip(case.contestants, samples, strict=True):
-            sample = measure(bench, contestant, number, warmup, seconds)
+            sample = measure(bench, contestant, case.message, number, warmup, seconds)
             collected.append(sample)
             shown = (
                 sample.failure.splitlines()[0]

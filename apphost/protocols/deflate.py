@@ -1,7 +1,7 @@
 """Compression of WebSocket messages, permessage-deflate (RFC 7692).
 
 An extension of wsproto's frame layer, in place of wsproto's own one: that inflates whatever comes to its full size
-before anybody can count it, and loses a message when a PING comes between its fragments.
+before anybody can count it. It is for data frames only: `frames.Reader` reads the control frames between them itself.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ WINDOW_BITS = 12
 MEMORY_LEVEL = 5
 # Messages below this many bytes fit a packet anyway, and deflate makes many of them larger.
 SMALLEST = 64
+# Final blocks in a frame (RFC 7692, 7.2.3.4): whoever ends messages with them has one. Each takes two bytes, and costs
+# some microseconds.
+FINALS_MAX = 16
 
 _TAIL = b"\x00\x00\xff\xff"  # RFC 7692, 7.2.1: every message ends with it, and it is not sent
 _BITS = re.compile(r"[89]|1[0-5]")
@@ -48,9 +51,11 @@ class Deflate(Extension):
         self.keep_theirs = keep_theirs
         self._compressor: zlib._Compress | None = None
         self._decompressor: zlib._Decompress | None = None
-        self._compressed = False  # the data message that is being received
-        self._control = False  # the frame that is being received is a control frame
+        self._compressed = False  # the message that is being received
         self._inflated = 0  # bytes of the message so far
+        self._finals = 0  # final blocks of the frame so far
+        self._unended = False  # what there is of the message does not end with a final block, and is not empty
+        self.work = 0  # bytes inflated since whoever wants to know has set it to 0
 
     # -- whole messages
 
@@ -64,30 +69,37 @@ class Deflate(Extension):
 
     def inflate(self, data: bytes) -> bytes:
         """Raises `TooBig` and `zlib.error`."""
-        self._inflated = 0
+        self._inflated = self._finals = 0
         return self._inflate(data) + self._finish()
 
     # -- pieces of messages
 
     def _inflate(self, data: bytes) -> bytes:
-        out = b""
+        pieces = []
         while data:
             if self._decompressor is None:
                 self._decompressor = zlib.decompressobj(-self.theirs)
             decompressor = self._decompressor
             # One byte more than is allowed, because without it a full result would not tell whether more follows.
             piece = decompressor.decompress(data, self.limit - self._inflated + 1)
+            pieces.append(piece)
             self._inflated += len(piece)
+            self.work += len(piece)
             if self._inflated > self.limit:
                 raise TooBig
-            out = out + piece if out else piece
             data = decompressor.unused_data
+            self._unended = not decompressor.eof
             if decompressor.eof:  # RFC 7692, 7.2.3.4: a final block ends a stream, not the message
                 self._decompressor = None
-        return out
+                self._finals += 1
+                if self._finals > FINALS_MAX:
+                    raise zlib.error("too many final blocks")
+        return b"".join(pieces)
 
     def _finish(self) -> bytes:
-        rest = self._inflate(_TAIL)
+        # Behind nothing at all, or a final block, the tail would be the beginning of a block.
+        rest = self._inflate(_TAIL) if self._unended else b""
+        self._unended = False
         if not self.keep_theirs:
             self._decompressor = None
         return rest
@@ -103,22 +115,18 @@ class Deflate(Extension):
     def frame_inbound_header(
         self, _proto: FrameDecoder | FrameProtocol, opcode: Opcode, rsv: RsvBits, _payload_length: int
     ) -> CloseReason | RsvBits:
-        self._control = opcode.iscontrol()
-        if self._control or opcode is Opcode.CONTINUATION:
+        self._finals = 0
+        if opcode.iscontrol() or opcode is Opcode.CONTINUATION:
             return _NO_RSV  # RFC 7692, 6: the bit stands on the first frame only
         self._compressed = rsv.rsv1
         self._inflated = 0
         return _MAY_BE_COMPRESSED
 
     def frame_inbound_payload_data(self, _proto: FrameDecoder | FrameProtocol, data: bytes) -> bytes | CloseReason:
-        if self._control or not self._compressed:
-            return data
-        return self._guarded(data)
+        return self._guarded(data) if self._compressed else data
 
     def frame_inbound_complete(self, _proto: FrameDecoder | FrameProtocol, fin: bool) -> bytes | CloseReason | None:
-        if self._control or not self._compressed or not fin:
-            return None
-        return self._guarded(None)
+        return self._guarded(None) if self._compressed and fin else None
 
     def _guarded(self, data: bytes | None) -> bytes | CloseReason:
         try:

@@ -2,7 +2,8 @@
 
 wsproto's frame layer is the judge of what a client sends. In front of it, this cuts the stream into frames: so a
 message is refused for its size before it is buffered, what belongs to a frame not yet complete stays as it came (and
-can move to another process), and the most common frame, a whole message that is all there, is read in one step.
+can move to another process), and the most common frames, control frames and whole messages that are all there, are read
+in one step.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import struct
 import zlib
 from typing import Any, NamedTuple
 
-from wsproto.frame_protocol import CloseReason, Frame, FrameProtocol, Opcode, ParseFailed
+from wsproto.frame_protocol import CloseReason, FrameProtocol, ParseFailed
 
 from apphost.protocols.deflate import SMALLEST, Deflate, TooBig
 
 HOLD_MAX = 65536  # bytes of a frame that wait for the rest of it; a larger frame is read piece by piece
 FRAMES_PER_TURN = 256  # a client that sends thousands of tiny frames at once must let others have their turn
+INFLATED_PER_TURN = 262144  # bytes; and so must one whose frames inflate to more than asyncio reads at once
 REASON_MAX = 123  # bytes: what is left of a control frame's 125 (RFC 6455, 5.5) beside the code
 
 TEXT, BINARY, CLOSE, PING, PONG = 0x81, 0x82, 0x88, 0x89, 0x8A  # first bytes of frames that are whole messages
@@ -68,7 +70,7 @@ class Reader:
     limit: bytes of a message, inflated.
     """
 
-    __slots__ = ("_left", "_message", "_protocol", "_size", "buffer", "deflate", "done", "limit", "open")
+    __slots__ = ("_left", "_message", "_protocol", "_room", "buffer", "deflate", "done", "limit", "open")
 
     def __init__(self, limit: int, deflate: Deflate | None = None) -> None:
         self.limit = limit
@@ -77,8 +79,8 @@ class Reader:
         self.open = False  # a message has begun and not ended
         self.done = False  # a close frame or a broken one was read
         self._left = 0  # bytes of the current frame that have not come, while it is read piece by piece
-        self._size = 0  # bytes of the open message so far, as they came
-        self._message: io.StringIO | io.BytesIO | None = None  # what there is of the open message
+        self._room = 0  # bytes that the open message may still have, as they come
+        self._message: io.BytesIO | None = None  # what there is of the open message
         self._protocol: FrameProtocol | None = None  # made when it is needed: most sockets do without
 
     @property
@@ -93,8 +95,14 @@ class Reader:
         events: list[Event] = []
         position = 0
         more = False
+        deflate = self.deflate
+        if deflate is not None:
+            deflate.work = 0
         for _ in range(FRAMES_PER_TURN):
             if self.done:
+                break
+            if deflate is not None and deflate.work > INFLATED_PER_TURN:
+                more = True
                 break
             if self._left:
                 piece = buffer[position : position + self._left]
@@ -109,14 +117,18 @@ class Reader:
                 break
             first = buffer[position]
             end = position + header + length
-            if not first & _CONTROL and length > self.limit - self._size:
-                self._break(CloseReason.MESSAGE_TOO_BIG, f"a message has more than {self.limit} bytes", events)
-            elif regular and not self.open and first in whole and end <= len(buffer):
+            if regular and not self.open and first in whole and end <= len(buffer) and length <= self.limit:
                 self._take_whole(first, buffer[position:end], header, events)
-            elif regular and end > len(buffer) and length <= HOLD_MAX and self._may_come(first, length):
+            elif not regular or not self._may_come(first, length):
+                self._judge(buffer[position:end], events)  # which ends it: there are words for everything
+            elif (refusal := self._refuse(first, length)) is not None:
+                self._break(*refusal, events)
+            elif end > len(buffer) and length <= HOLD_MAX:
                 break
+            elif first & _CONTROL:
+                self._take_control(first, buffer[position + 2 : end], events)
             else:
-                self._begin(first, length, end - len(buffer))
+                self._begin(length, end - len(buffer))
                 self._judge(buffer[position:end], events)
             position = end
         else:
@@ -125,10 +137,24 @@ class Reader:
         return events, more and bool(self.buffer)
 
     def _may_come(self, first: int, length: int) -> bool:
-        """Whether nothing is wrong with the header of a frame, so that it may wait for its payload."""
+        """Whether nothing is wrong with the header of a frame by itself."""
         if first & _CONTROL and length > 125:
             return False
         return first in _FIRST_BYTES or (self.deflate is not None and first in _WITH_DEFLATE)
+
+    def _refuse(self, first: int, length: int) -> tuple[int, str] | None:
+        """What is wrong with a frame where it stands, its header being right by itself; before its payload comes."""
+        if first & _CONTROL:
+            return None
+        if self.open is bool(first & 0x0F):
+            return CloseReason.PROTOCOL_ERROR, "a frame is out of order"
+        if not self.open:
+            # Deflate makes hardly anything larger, but each fragment may cost some bytes more.
+            self._room = 2 * self.limit + 64 if first & _COMPRESSED else self.limit
+        return self._too_big() if length > self._room else None
+
+    def _too_big(self) -> tuple[int, str]:
+        return CloseReason.MESSAGE_TOO_BIG, f"a message has more than {self.limit} bytes"
 
     def _take_whole(self, first: int, frame: bytes, header: int, events: list[Event]) -> None:
         """A message in one frame that is all there."""
@@ -139,18 +165,27 @@ class Reader:
                 payload = self.deflate.inflate(payload)
             events.append(payload.decode() if first & 0x0F == 1 else payload)
         except TooBig:
-            self._break(CloseReason.MESSAGE_TOO_BIG, f"a message has more than {self.limit} bytes", events)
+            self._break(*self._too_big(), events)
         except UnicodeDecodeError:
             self._break(CloseReason.INVALID_FRAME_PAYLOAD_DATA, "a text message is not UTF-8", events)
         except zlib.error:
             self._break(CloseReason.INVALID_FRAME_PAYLOAD_DATA, "a message cannot be inflated", events)
 
-    def _begin(self, first: int, length: int, missing: int) -> None:
-        """A frame that wsproto judges, piece by piece while `missing` bytes of it have not come."""
+    def _take_control(self, first: int, masked: bytes, events: list[Event]) -> None:
+        payload = unmask(masked[4:], masked[:4])
+        if first == PING:
+            events.append(Ping(payload))
+        elif first == PONG:
+            events.append(Pong(payload))
+        else:
+            self.done = True
+            events.append(_read_close(payload))
+
+    def _begin(self, length: int, missing: int) -> None:
+        """A data frame that wsproto reads, piece by piece while `missing` bytes of it have not come."""
         self._left = max(missing, 0)
-        if not first & _CONTROL:
-            self._size += length
-            self.open = True
+        self._room -= length
+        self.open = True
 
     def _judge(self, data: bytes, events: list[Event]) -> None:
         if self._protocol is None:
@@ -158,38 +193,20 @@ class Reader:
         self._protocol.receive_bytes(data)
         try:
             for frame in self._protocol.received_frames():
-                self._take(frame, events)
+                self._take_piece(frame.payload, frame.message_finished, events)
         except ParseFailed as exc:
             self._break(exc.code, _WHY.get(exc.code, str(exc)), events)
 
-    def _take(self, frame: Frame, events: list[Event]) -> None:
-        opcode, payload = frame.opcode, frame.payload
-        if opcode is Opcode.CLOSE:
-            assert isinstance(payload, tuple)
-            self.done = True
-            events.append(Close(int(payload[0]), payload[1]))
-        elif isinstance(payload, str):
-            self._take_piece(payload, frame.message_finished, io.StringIO, events)
-        elif isinstance(payload, bytes):
-            if opcode is Opcode.PING:
-                events.append(Ping(payload))
-            elif opcode is Opcode.PONG:
-                events.append(Pong(payload))
-            else:
-                self._take_piece(payload, frame.message_finished, io.BytesIO, events)
-
-    def _take_piece(self, piece: Any, last: bool, buffer: Any, events: list[Event]) -> None:
-        """A piece of a message; a buffer, and not a list, because millions of pieces may have a byte each."""
-        message = self._message
-        if message is None and not last:
-            message = self._message = buffer()
-        if message is not None:
-            message.write(piece)
+    def _take_piece(self, piece: Any, last: bool, events: list[Event]) -> None:
+        """A piece of a message; they are kept as bytes, because thousands may have a character each."""
+        if self._message is None:
+            self._message = io.BytesIO()
+        self._message.write(piece.encode() if isinstance(piece, str) else piece)
         if last:
-            events.append(piece if message is None else message.getvalue())
+            whole = self._message.getvalue()
+            events.append(whole.decode() if isinstance(piece, str) else whole)
             self._message = None
             self.open = False
-            self._size = 0
 
     def _break(self, code: int, why: str, events: list[Event]) -> None:
         self.done = True
@@ -203,9 +220,23 @@ _WHY = {
 }
 
 
+def _read_close(payload: bytes) -> Close | Broken:
+    """RFC 6455, 5.5.1 and 7.4."""
+    if not payload:
+        return Close(1005, "")
+    code = int.from_bytes(payload[:2], "big")
+    if not may_be_sent(code):  # one byte makes no code, either
+        return Broken(1002, "a close frame has a code that may not be sent")
+    try:
+        return Close(code, payload[2:].decode())
+    except UnicodeDecodeError:
+        return Broken(1007, "the reason of a close frame is not UTF-8")
+
+
 def _measure(buffer: bytes, position: int) -> tuple[int, int, bool]:
     """Bytes of the header and of the payload of the frame at `position`, and whether it is masked and says its length
-    in the shortest way, as it must (RFC 6455, 5.1 and 5.2). Zeros while the header is not complete."""
+    in the shortest way and without the highest bit, as it must (RFC 6455, 5.1 and 5.2). Zeros while the header is not
+    complete."""
     available = len(buffer) - position
     if available < 2:
         return 0, 0, False
@@ -220,8 +251,8 @@ def _measure(buffer: bytes, position: int) -> tuple[int, int, bool]:
     if available < header:
         return 0, 0, False
     length = int.from_bytes(buffer[position + 2 : position + 2 + size], "big")
-    shortest = length > 125 if size == 2 else length > 65535
-    return header, length, shortest and second >= _MASKED
+    legal = length > 125 if size == 2 else 65535 < length < 2**63
+    return header, length, legal and second >= _MASKED
 
 
 def unmask(payload: bytes, key: bytes) -> bytes:
@@ -267,7 +298,7 @@ def close_frame(code: int, reason: str = "") -> bytes:
 
 
 def may_be_sent(code: object) -> bool:
-    """Whether an application may close with this code (RFC 6455, 7.4; the registry ends at 1014)."""
-    if type(code) is not int:
+    """Whether this code may stand in a close frame, ours or a client's (RFC 6455, 7.4; the registry ends at 1014)."""
+    if not isinstance(code, int) or isinstance(code, bool):
         return False
     return 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999

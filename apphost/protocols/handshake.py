@@ -9,20 +9,22 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from apphost.protocols.base import BadRequest, Headers, RequestHead
-from apphost.protocols.response import ResponseHead
+from apphost.protocols.response import ResponseHead, ServerFields
 
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
 _KEY = re.compile(rb"[A-Za-z0-9+/]{21}[AQgw]==")  # 16 bytes in base64
 
-_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_TCHAR = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
+_TOKEN = _TCHAR + rb"+"
 _SPACE = rb"[ \t]*"
 _TOKEN_ONLY = re.compile(_TOKEN)
 # RFC 6455, 9.1; a quoted value must be a token, too, once it is unquoted.
 _PARAMETER = re.compile(
     _SPACE + rb";" + _SPACE + rb"(" + _TOKEN + rb")"
-    rb"(?:" + _SPACE + rb"=" + _SPACE + rb'(?:(' + _TOKEN + rb')|"(' + _TOKEN + rb')"))?'
+    rb"(?:" + _SPACE + rb"=" + _SPACE + rb"(?:(" + _TOKEN + rb')|"((?:\\?' + _TCHAR + rb')+)"))?'
 )  # fmt: skip
-_EXTENSION = re.compile(_SPACE + rb"(" + _TOKEN + rb")((?:" + _PARAMETER.pattern + rb")*)" + _SPACE + rb"(?:,|\Z)")
+# RFC 9110, 5.6.1.2: elements of a list may be empty
+_EXTENSION = re.compile(rb"[ \t,]*(" + _TOKEN + rb")((?:" + _PARAMETER.pattern + rb")*)" + _SPACE + rb"(?:,|\Z)")
 
 # What an application may not put into its answer: the fields that the handshake itself consists of.
 _OURS = frozenset(
@@ -86,7 +88,7 @@ def _read_extensions(value: bytes) -> list[Offer]:
         if match is None:
             raise BadRequest(400, "the Sec-WebSocket-Extensions is malformed")
         parameters = tuple(
-            (name.decode("ascii"), (token or quoted).decode("ascii") if token or quoted else None)
+            (name.decode("ascii"), (token or quoted.replace(b"\\", b"")).decode("ascii") or None)
             for name, token, quoted in _PARAMETER.findall(match[2])
         )
         offers.append(Offer(match[1].decode("ascii"), parameters))
@@ -104,10 +106,9 @@ def accept_response(
     subprotocol: str | None,
     headers: Iterable[tuple[bytes, bytes]],
     extension: bytes,
-    extra: bytes,
+    server_fields: ServerFields,
 ) -> bytes:
-    """The 101 that opens the socket. `extension`: the value of Sec-WebSocket-Extensions, empty for none; `extra`:
-    complete lines for Date and Server.
+    """The 101 that opens the socket. `extension`: the value of Sec-WebSocket-Extensions, empty for none.
 
     Raises `ValueError` or `TypeError` for what the application may not say: a subprotocol that was not offered, a field
     of the handshake itself, or anything that may not stand in a head.
@@ -124,4 +125,4 @@ def accept_response(
     if extension:
         fields.append((b"sec-websocket-extensions", extension))
     head = ResponseHead(101, [*fields, *given])
-    return b"%bconnection: Upgrade\r\n%b\r\n" % (head.text, extra)
+    return b"%bconnection: Upgrade\r\n%b\r\n" % (head.text, server_fields.missing(head))

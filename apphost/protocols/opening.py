@@ -60,8 +60,7 @@ class Opening:
             # One that may move agrees to no window that it would have to take along.
             stays = self.policy is Policy.CLOSE
             deflate, extension = negotiate(self._handshake.offers, options.message, stays)
-        fields = context.server_fields.both
-        response = accept_response(self._handshake, subprotocol, headers, extension, fields)
+        response = accept_response(self._handshake, subprotocol, headers, extension, context.server_fields)
         websocket = WebSocket(exchange.connection, options, deflate, self, subprotocol)
         websocket.handler = handler
         exchange.connection.write(response)

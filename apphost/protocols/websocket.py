@@ -101,6 +101,7 @@ class WebSocket:
         "_packed",
         "_ping",
         "_state",
+        "_turn",
         "code",
         "connection",
         "deflate",
@@ -146,6 +147,7 @@ class WebSocket:
         self.waiting = 0  # about the bytes that those take
         self._ping = b""  # the payload of ours that was not answered yet
         self._more = False  # the rest of what was read waits for its turn
+        self._turn = False  # and has its turn soon
         self._choked = False  # the client asks for pongs and does not read them
         # -- on the way to another worker
         self.moving = False  # the application has to finish, so that another worker's can go on
@@ -173,7 +175,7 @@ class WebSocket:
         """The oldest message; IndexError when there is none."""
         message = self.messages.popleft()
         self.waiting -= len(message) + MESSAGE_COST
-        if self.connection.read_paused:
+        if self.connection.read_paused or self._more:
             self._flow()
         return message
 
@@ -199,10 +201,10 @@ class WebSocket:
     def dismiss(self, code: int, reason: str) -> None:
         """The worker goes: close, and tell the application at once."""
         if self.life is _OPEN and not self._packed:
+            self.moving = False
             self.close(code, reason)
             self.leaving = True
             self.code, self.reason = code, reason
-            self.moving = False
             self.handler.disconnected()
 
     # -- moving to another worker
@@ -215,6 +217,7 @@ class WebSocket:
         """
         if self.life is not _OPEN or self.moving:
             return
+        self.connection.context.log.debug(f"the WebSocket of {self.connection.peer} is to move")
         self.moving = True
         self.code = 1012
         self._due = self.connection.read_deadline - self.connection.context.loop.time()
@@ -231,20 +234,23 @@ class WebSocket:
 
     @property
     def movable(self) -> bool:
-        """Whether all that there is of it can be said: the application is done and no message is half read."""
-        return (
-            self.moving
-            and self.parted
-            and self.life is _OPEN
-            and self.reader.at_boundary
-            and (self.deflate is None or not self.deflate.keep_theirs)
-            and self.waiting + len(self.reader.buffer) <= BYTES_MAX
-            and sum(map(len, itertools.chain(*self.head.headers, (self.head.target,)))) <= HEAD_MAX
-        )
+        """Whether the application is done with it, and no message is half read."""
+        return self.moving and self.parted and self.life is _OPEN and self.reader.at_boundary
+
+    @property
+    def portable(self) -> bool:
+        """Whether what there is of it fits into a capsule."""
+        head = sum(map(len, itertools.chain(*self.head.headers, (self.head.target,))))
+        alone = self.deflate is None or not self.deflate.keep_theirs
+        return alone and head <= HEAD_MAX and self.waiting + len(self.reader.buffer) <= BYTES_MAX
 
     def _offer(self) -> None:
         context = self.connection.context
-        if self.movable and context.on_idle is not None:
+        if not self.movable:
+            return
+        if not self.portable:
+            self.dismiss(1012, "")
+        elif context.on_idle is not None:
             context.on_idle(self.connection)  # type: ignore[arg-type]
 
     def pack(self) -> tuple[float, bytes, Socket]:
@@ -291,7 +297,6 @@ class WebSocket:
         if data:
             self.reader.buffer = data
             self._more = True
-            self.connection.context.loop.call_soon(self._go_on)
         self._flow()
 
     def feed(self, data: bytes) -> None:
@@ -313,8 +318,6 @@ class WebSocket:
         if self.life is _CLOSED:
             self._end()
             return
-        if self._more:
-            self.connection.context.loop.call_soon(self._go_on)
         if self._more or self._choked or self.waiting > HIGH_WATER:
             self._flow()
         if self.moving:
@@ -324,8 +327,8 @@ class WebSocket:
             self.handler.body_arrived()
 
     def _go_on(self) -> None:
+        self._turn = False
         if self._more:
-            self._more = False
             self.feed(b"")
             self._flow()
 
@@ -367,7 +370,7 @@ class WebSocket:
 
     def timed_out(self) -> None:
         if self.moving:
-            self.dismiss(1012, "the application did not part in time")
+            self.dismiss(1012, "")
         elif self.life is not _OPEN:
             self.life = _CLOSED
             self.connection.close()
@@ -394,7 +397,10 @@ class WebSocket:
         self._offer()
 
     def _flow(self) -> None:
-        """Read or do not read, as things are."""
+        """Read or do not read, go on with what was read or do not, as things are."""
         crowded = self.life is _OPEN and (self._choked or self.waiting > HIGH_WATER)
-        enough = self.moving and self.reader.at_boundary
-        self.connection.read_on(not crowded and not enough and not self._more)
+        ready = not crowded and not (self.moving and self.reader.at_boundary)
+        self.connection.read_on(ready and not self._more)
+        if ready and self._more and not self._turn:
+            self._turn = True
+            self.connection.context.loop.call_soon(self._go_on)

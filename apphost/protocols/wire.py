@@ -197,9 +197,8 @@ class Wire(asyncio.Protocol, ABC):
     def movable(self) -> bool:
         """Whether nothing of this connection is in anybody's hands: no request in progress, nothing left to write."""
         transport = self.transport
-        websocket = self.websocket
         return (
-            (self.phase is _WAITING or self.phase is _HEAD or (websocket is not None and websocket.movable))
+            (self.phase is _WAITING or self.phase is _HEAD or self._at_rest)
             and not self.eof
             and not self.write_paused
             and len(self.buffer) <= BYTES_MAX
@@ -207,6 +206,11 @@ class Wire(asyncio.Protocol, ABC):
             and not transport.get_write_buffer_size()
             and transport.get_extra_info("sslcontext") is None
         )
+
+    @property
+    def _at_rest(self) -> bool:
+        websocket = self.websocket
+        return self.phase is Phase.UPGRADED and websocket is not None and websocket.movable
 
     def tell_when_flushed(self) -> None:
         """Have `resume_writing` called only when nothing at all is left to write: then it can move."""

@@ -11,11 +11,11 @@ from apphost.protocols.websocket import Policy, WebSocket
 # Seconds between two sockets. Clients come back at once, each with a handshake and whatever the application does for a
 # new client; 200 a second are a moderate load for one worker.
 CLOSE_PACE = 0.005
-CLOSE_SHARE = 0.5  # of the drain: the last ones still need time for their closing handshake
 # An application parts and is called anew for each of them, so a few at a time keep the gap short that its client could
 # notice; a thousand take a second.
 MOVE_PACE = 0.001
 PATIENCE = 5.0  # s that an application gets to finish with a socket that moves
+SHARE = 0.5  # of the drain, at most, for each of these: what comes to nothing still needs its closing handshake
 
 RESTART, GOING_AWAY = 1012, 1001  # RFC 6455, 7.4.1, and the registry of close codes
 
@@ -37,8 +37,9 @@ class Parting:
         self.cancel()
         sockets = _sockets(connections)
         moving = [socket for socket in sockets if socket.policy is not Policy.CLOSE]
+        patience = min(PATIENCE, seconds * SHARE)
         for number, socket in enumerate(moving):
-            self._steps.append(self._loop.call_later(number * MOVE_PACE, socket.leave, min(PATIENCE, seconds)))
+            self._steps.append(self._loop.call_later(number * MOVE_PACE, socket.leave, patience))
         self._close([socket for socket in sockets if socket.policy is Policy.CLOSE], seconds)
 
     def close(self, connections: Iterable[Connection], seconds: float) -> None:
@@ -53,7 +54,7 @@ class Parting:
             socket.dismiss(GOING_AWAY, "")
 
     def _close(self, sockets: list[WebSocket], seconds: float) -> None:
-        pace = min(CLOSE_PACE, seconds * CLOSE_SHARE / max(len(sockets), 1))
+        pace = min(CLOSE_PACE, seconds * SHARE / max(len(sockets), 1))
         for number, socket in enumerate(sockets):
             self._steps.append(self._loop.call_later(number * pace, socket.dismiss, RESTART, ""))
 
