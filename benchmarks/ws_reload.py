@@ -108,7 +108,7 @@ class Server:
             "--ws-on-reload",
             options.rule,
         ]
-        command += ["--workers", str(options.workers)]
+        command += ["--workers", str(options.workers), "--log-level", "debug" if options.log else "info"]
         env = {**os.environ, "PYTHONPATH": str(HERE.parent)}
         with log.open("wb") as file:
             self.process = subprocess.Popen(
@@ -194,16 +194,21 @@ def main() -> int:
     parser.add_argument("--reloads", type=int, default=50)
     parser.add_argument("--sockets", type=int, default=500)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument(
+        "--log", metavar="FILE", type=Path, help="keep the server's log, with what it says for debugging"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(options, Path(folder, "log"))
+        server = Server(options, options.log or Path(folder, "log"))
         try:
             noticed = storm(server, options)
         finally:
             server.stop()
         text = server.log.read_text()
     problems = len(re.findall(r" (?:warning|error) ", text))
-    print(json.dumps({**vars(options), "noticed": dict(noticed), "warnings and errors in the log": problems}))
+    print(
+        json.dumps({**vars(options), "log": None, "noticed": dict(noticed), "warnings and errors in the log": problems})
+    )
     allowed = {"echo"} if options.rule != "close" else {"echo", "closed 1012 properly"}
     return 1 if set(noticed) - allowed or problems else 0
 

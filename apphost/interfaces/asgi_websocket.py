@@ -156,7 +156,7 @@ class AsgiWebSocket(AsgiRequest):
             socket.part(state)
         else:
             self._say(f"left a state that is not bytes, {STATE_MAX} of them at most; the WebSocket is closed with 1012")
-            socket.dismiss(1012, "")
+            socket.dismiss(1012, "its state cannot travel")
         return True
 
     def _failure(self, exc: BaseException) -> str:

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 # small thing
 MESSAGE_COST = 64
 
+_LONG = 10 * 365 * 86400.0  # s; "never" in a number that can travel
+
 
 class Life(enum.Enum):
     OPEN = enum.auto()
@@ -198,13 +200,14 @@ class WebSocket:
         self.waiting = 0
         self._flow()
 
-    def dismiss(self, code: int, reason: str) -> None:
-        """The worker goes: close, and tell the application at once."""
+    def dismiss(self, code: int, why: str) -> None:
+        """The worker goes: close, and tell the application at once. `why` is for the log."""
         if self.life is _OPEN and not self._packed:
             self.moving = False
-            self.close(code, reason)
+            self.connection.context.log.debug(f"the WebSocket of {self.connection.peer} is closed with {code}: {why}")
+            self.close(code)
             self.leaving = True
-            self.code, self.reason = code, reason
+            self.code = code
             self.handler.disconnected()
 
     # -- moving to another worker
@@ -220,7 +223,8 @@ class WebSocket:
         self.connection.context.log.debug(f"the WebSocket of {self.connection.peer} is to move")
         self.moving = True
         self.code = 1012
-        self._due = self.connection.read_deadline - self.connection.context.loop.time()
+        # Pings may be off.
+        self._due = min(self.connection.read_deadline - self.connection.context.loop.time(), _LONG)
         self._arm(patience)
         self._flow()
         self.handler.disconnected()
@@ -249,7 +253,7 @@ class WebSocket:
         if not self.movable:
             return
         if not self.portable:
-            self.dismiss(1012, "")
+            self.dismiss(1012, "more waits for the application than can travel")
         elif context.on_idle is not None:
             context.on_idle(self.connection)  # type: ignore[arg-type]
 
@@ -370,7 +374,7 @@ class WebSocket:
 
     def timed_out(self) -> None:
         if self.moving:
-            self.dismiss(1012, "")
+            self.dismiss(1012, "the application has not parted in time" if not self.parted else "nobody has taken it")
         elif self.life is not _OPEN:
             self.life = _CLOSED
             self.connection.close()

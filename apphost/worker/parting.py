@@ -51,12 +51,12 @@ class Parting:
         """Close all at once: the server stops, so nobody comes back to it."""
         self.cancel()
         for socket in _sockets(connections):
-            socket.dismiss(GOING_AWAY, "")
+            socket.dismiss(GOING_AWAY, "the server stops")
 
     def _close(self, sockets: list[WebSocket], seconds: float) -> None:
         pace = min(CLOSE_PACE, seconds * SHARE / max(len(sockets), 1))
         for number, socket in enumerate(sockets):
-            self._steps.append(self._loop.call_later(number * pace, socket.dismiss, RESTART, ""))
+            self._steps.append(self._loop.call_later(number * pace, socket.dismiss, RESTART, "its worker goes"))
 
 
 def _sockets(connections: Iterable[Connection]) -> list[WebSocket]:
