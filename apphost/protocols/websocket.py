@@ -103,6 +103,7 @@ class WebSocket:
         "_packed",
         "_ping",
         "_state",
+        "_time_to_move",
         "_turn",
         "code",
         "connection",
@@ -157,6 +158,7 @@ class WebSocket:
         self._packed = False  # and the socket was offered to another worker
         self._state: bytes | None = None  # what it leaves
         self._due = 0.0  # seconds to the next ping, or to the end of the time for an answer
+        self._time_to_move = 0.0
 
     # -- the application's side
 
@@ -212,8 +214,9 @@ class WebSocket:
 
     # -- moving to another worker
 
-    def leave(self, patience: float) -> None:
-        """Have the application finish, within `patience` seconds, so that another worker's goes on with the socket.
+    def leave(self, patience: float, time_to_move: float) -> None:
+        """Have the application finish, within `patience` seconds, so that another worker's goes on with the socket,
+        which must be taken within `time_to_move` seconds then.
 
         It gets a disconnect with 1012 in place of further messages; those, and what is still in the kernel, are for
         the one after it.
@@ -225,6 +228,7 @@ class WebSocket:
         self.code = 1012
         # Pings may be off.
         self._due = min(self.connection.read_deadline - self.connection.context.loop.time(), _LONG)
+        self._time_to_move = time_to_move
         self._arm(patience)
         self._flow()
         self.handler.disconnected()
@@ -234,6 +238,7 @@ class WebSocket:
         self.parted = True
         self.handler = NOBODY
         self._state = state
+        self._arm(self._time_to_move)
         self._offer()
 
     @property

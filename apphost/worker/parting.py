@@ -15,7 +15,7 @@ CLOSE_PACE = 0.005
 # notice; a thousand take a second.
 MOVE_PACE = 0.001
 PATIENCE = 5.0  # s that an application gets to finish with a socket that moves
-SHARE = 0.5  # of the drain, at most, for each of these: what comes to nothing still needs its closing handshake
+SHARE = 0.3  # of the drain, at most, for each: the first to the last, the application's part, the move
 
 RESTART, GOING_AWAY = 1012, 1001  # RFC 6455, 7.4.1, and the registry of close codes
 
@@ -37,9 +37,10 @@ class Parting:
         self.cancel()
         sockets = _sockets(connections)
         moving = [socket for socket in sockets if socket.policy is not Policy.CLOSE]
-        patience = min(PATIENCE, seconds * SHARE)
+        share = seconds * SHARE
+        pace = min(MOVE_PACE, share / max(len(moving), 1))
         for number, socket in enumerate(moving):
-            self._steps.append(self._loop.call_later(number * MOVE_PACE, socket.leave, patience))
+            self._steps.append(self._loop.call_later(number * pace, socket.leave, min(PATIENCE, share), share))
         self._close([socket for socket in sockets if socket.policy is Policy.CLOSE], seconds)
 
     def close(self, connections: Iterable[Connection], seconds: float) -> None:
