@@ -94,7 +94,7 @@ class AsgiRequest:
                 raise
             self._report(exc)  # one of the application's own: to us it is an error like any other
         except BaseException as exc:
-            if not (self.gone and is_disconnect(exc)):
+            if not (self._over() and is_disconnect(exc)):
                 self._report(exc)
             self._fail()
         else:
@@ -116,6 +116,10 @@ class AsgiRequest:
     def _fail(self) -> None:
         self.stream.fail()
         self._wake()  # a task that the application has left behind may wait in `receive`
+
+    def _over(self) -> bool:
+        """Whether `send` raises `ClientDisconnected` by now, so that it may come back."""
+        return self.gone or self.stream.complete or not self.stream.connected
 
     def _is_cancelled(self) -> bool:
         """Whether this task itself was cancelled, by the end of the worker (before Python 3.11 it cannot be told)."""
@@ -155,6 +159,8 @@ class AsgiRequest:
             stream.write(body, more)
             if not more:
                 self._wake()
+            elif not stream.connected:  # else one that only sends would never hear of it
+                raise ClientDisconnected("the client has closed the connection")
             elif not stream.writable:
                 await self._drained()
         elif kind == "http.response.start":

@@ -108,6 +108,8 @@ class AsgiWebSocket(AsgiRequest):
         code = event.get("code")
         code = 1000 if code is None else code
         reason = event.get("reason") or ""
+        if self.socket is None and self.started:
+            raise ResponseError("websocket.close came within a denial response")
         if self.socket is None:
             self._deny()
         elif not may_be_sent(code):
@@ -142,6 +144,7 @@ class AsgiWebSocket(AsgiRequest):
         if self._parts():
             return
         if self.socket is not None:
+            self.stream.context.errors += self.socket.open
             self.socket.close(1011)
         self.stream.opening.abandon(1011)
         super()._fail()
@@ -159,10 +162,13 @@ class AsgiWebSocket(AsgiRequest):
             socket.dismiss(1012, "its state cannot travel")
         return True
 
+    def _over(self) -> bool:
+        return self.told or (super()._over() if self.socket is None else not self.socket.open)
+
     def _failure(self, exc: BaseException) -> str:
         if self.socket is None:
             return super()._failure(exc)
-        return raised(exc, "the WebSocket was closed with 1011")
+        return raised(exc, "the WebSocket was closed with 1011" if self.socket.open else "the WebSocket had ended")
 
 
 _EVENTS: dict[str, Callable[[AsgiWebSocket, Event], None]] = {

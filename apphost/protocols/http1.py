@@ -119,6 +119,7 @@ class Connection(Wire):
 
     def pause_writing(self) -> None:
         self.write_paused = True
+        self.unsent = self.transport.get_write_buffer_size()
         self.write_deadline = self.context.loop.time() + self.context.timeouts.write
         self.context.deadlines.watch(self)
 
@@ -304,6 +305,8 @@ class Connection(Wire):
         early, self.buffer = self.buffer, b""
         self._go_on_as(websocket)
         websocket.begin(early)
+        if self.eof:
+            websocket.eof()
 
     def _go_on_as(self, websocket: WebSocket) -> None:
         self.websocket = websocket
@@ -316,10 +319,8 @@ class Connection(Wire):
             self.websocket.feed(data)
 
     def _eof_upgraded(self) -> None:
-        """A client that does not end with a closing handshake is gone for good: it cannot be told anything."""
-        self.close()
         if self.websocket is not None:
-            self.websocket.lost()
+            self.websocket.eof()
 
     def _timeout_upgraded(self) -> None:
         if self.websocket is not None:
@@ -329,7 +330,7 @@ class Connection(Wire):
 
     @property
     def connected(self) -> bool:
-        return self.phase is _BUSY
+        return self.phase is _BUSY and not self.transport.is_closing()
 
     def response_done(self, exchange: Exchange) -> None:
         """The response is complete; the application may go on working, the connection does not wait for it."""
@@ -435,7 +436,9 @@ class Connection(Wire):
     # -- time-outs
 
     def timed_out(self, now: float) -> None:
-        if self.write_deadline <= now:
+        if self.write_deadline <= now and self.transport.get_write_buffer_size() < self.unsent:
+            self.pause_writing()  # it reads, only not as fast as we wrote
+        elif self.write_deadline <= now:
             exchange = self.exchange
             self.abort()
             if exchange is not None:

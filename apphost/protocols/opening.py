@@ -9,7 +9,7 @@ from urllib.parse import unquote_to_bytes
 from apphost.protocols.base import Handler, RequestHead, ResponseError
 from apphost.protocols.capsule import Socket
 from apphost.protocols.deflate import Deflate, negotiate
-from apphost.protocols.exchange import NOBODY, Exchange
+from apphost.protocols.exchange import NOBODY, Exchange, Progress
 from apphost.protocols.handshake import Handshake, accept_response
 from apphost.protocols.strict import examine
 from apphost.protocols.websocket import Policy, WebSocket, WebSocketOptions
@@ -49,7 +49,7 @@ class Opening:
         """Open the socket; from then on `handler` hears of it. Raises `ResponseError`, `ValueError` or `TypeError` for
         what the application may not do or say; nothing was sent then."""
         exchange = self._exchange
-        if exchange.complete or exchange.started:
+        if exchange.progress is not Progress.NONE:
             raise ResponseError("the handshake was answered already")
         if self.rejoined is not None:
             return self._accept_again(self.rejoined, handler, subprotocol)

@@ -164,7 +164,8 @@ class WebSocket:
 
     @property
     def open(self) -> bool:
-        return self.life is _OPEN
+        """Whether a message may still reach the client. The transport knows of a failed write before the loop does."""
+        return self.life is _OPEN and not self.connection.transport.is_closing()
 
     @property
     def ended(self) -> bool:
@@ -195,8 +196,9 @@ class WebSocket:
         """Say the last word, and wait for the client's, for a while. Nothing happens unless it is open."""
         if self.life is not _OPEN:
             return
+        last = close_frame(code, reason)
         self.life = _CLOSING
-        self.connection.write(close_frame(code, reason))
+        self.connection.write(last)
         self._arm(self.options.close_timeout)
         self.messages.clear()
         self.waiting = 0
@@ -327,6 +329,8 @@ class WebSocket:
         if self.life is _CLOSED:
             self._end()
             return
+        if self._ping and (self.reader.buffer or not self.reader.at_boundary):
+            self._await_pong()  # the client is alive, and no pong can stand within a frame
         if self._more or self._choked or self.waiting > HIGH_WATER:
             self._flow()
         if self.moving:
@@ -340,6 +344,8 @@ class WebSocket:
         if self._more:
             self.feed(b"")
             self._flow()
+            if self.connection.eof and self.life is not _CLOSED:
+                self.eof()
 
     def _answer(self, event: Ping | Pong | Close | Broken) -> bytes:
         """What a control frame changes, and the frame to send for it."""
@@ -363,8 +369,14 @@ class WebSocket:
         self.connection.linger()
         self._tell()
 
+    def eof(self) -> None:
+        """The client has ended its side. One that does so without a closing handshake is gone for good."""
+        if not self._more:
+            self.connection.close()
+            self.lost()
+
     def lost(self) -> None:
-        """The connection has ended, or the client has ended its side without a word."""
+        """The connection has ended."""
         self.life = _CLOSED
         self._more = False
         self._tell()
@@ -390,10 +402,14 @@ class WebSocket:
             self.connection.write(close_frame(self.code, self.reason))
             self._end()
         elif self._ping:  # the answer may be there, but we do not read: the application is slow, not the client
-            self._arm(self.options.ping_timeout)
+            self._await_pong()
         else:
             self._ping = os.urandom(4)
             self.connection.write(control_frame(PING, self._ping))
+            self._await_pong()
+
+    def _await_pong(self) -> None:
+        if self.life is _OPEN and not self.moving:
             self._arm(self.options.ping_timeout)
 
     def _arm(self, seconds: float) -> None:
@@ -409,6 +425,8 @@ class WebSocket:
         """Read or do not read, go on with what was read or do not, as things are."""
         crowded = self.life is _OPEN and (self._choked or self.waiting > HIGH_WATER)
         ready = not crowded and not (self.moving and self.reader.at_boundary)
+        if ready and self._ping and self.connection.read_paused:
+            self._await_pong()  # the answer may wait in the kernel
         self.connection.read_on(ready and not self._more)
         if ready and self._more and not self._turn:
             self._turn = True

@@ -57,6 +57,7 @@ class Wire(asyncio.Protocol, ABC):
         "server",
         "slot",
         "transport",
+        "unsent",
         "websocket",
         "write_deadline",
         "write_paused",
@@ -81,6 +82,7 @@ class Wire(asyncio.Protocol, ABC):
         self.write_paused = False
         self.read_deadline = NEVER
         self.write_deadline = NEVER
+        self.unsent = 0  # bytes that were left to write when its time was last counted
         self.slot = 0
         self.scheme = "http"
 
