@@ -160,6 +160,7 @@ class AsgiRequest:
             if not more:
                 self._wake()
             elif not stream.connected:  # else one that only sends would never hear of it
+                self.gone = True
                 raise ClientDisconnected("the client has closed the connection")
             elif not stream.writable:
                 await self._drained()

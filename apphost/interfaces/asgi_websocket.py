@@ -48,6 +48,12 @@ class AsgiWebSocket(AsgiRequest):
 
     # -- the application's side
 
+    async def run(self) -> None:
+        try:
+            await super().run()
+        finally:
+            self.stream.opening.release()
+
     async def receive(self) -> Event:
         """`websocket.connect`, then messages; `websocket.disconnect` from the end on, again and again."""
         if not self.greeted:
@@ -84,7 +90,10 @@ class AsgiWebSocket(AsgiRequest):
         if act is not None:
             act(self, event)
         elif kind.startswith(_DENIAL + "http.response.") and socket is None:
-            await super().send({**event, "type": kind.removeprefix(_DENIAL)})
+            if self.stream.opening.rejoins:
+                self._deny()
+            else:
+                await super().send({**event, "type": kind.removeprefix(_DENIAL)})
         else:
             raise ResponseError(f"{kind!r} was not expected {'after' if socket else 'before'} websocket.accept")
 
@@ -143,8 +152,9 @@ class AsgiWebSocket(AsgiRequest):
     def _fail(self) -> None:
         if self._parts():
             return
+        if self.stream.opening.rejoins or (self.socket is not None and self.socket.open):
+            self.stream.context.errors += 1
         if self.socket is not None:
-            self.stream.context.errors += self.socket.open
             self.socket.close(1011)
         self.stream.opening.abandon(1011)
         super()._fail()
@@ -154,7 +164,7 @@ class AsgiWebSocket(AsgiRequest):
         socket = self.socket
         if socket is None or not socket.moving or not self.told:
             return False
-        state = self.legacy["state"] if self.legacy is not None else None
+        state = self.legacy.get("state") if self.legacy is not None else None
         if state is None or (isinstance(state, bytes) and len(state) <= STATE_MAX):
             socket.part(state)
         else:
@@ -166,9 +176,14 @@ class AsgiWebSocket(AsgiRequest):
         return self.told or (super()._over() if self.socket is None else not self.socket.open)
 
     def _failure(self, exc: BaseException) -> str:
-        if self.socket is None:
+        socket = self.socket
+        if socket is None and not self.stream.opening.rejoins:
             return super()._failure(exc)
-        return raised(exc, "the WebSocket was closed with 1011" if self.socket.open else "the WebSocket had ended")
+        if socket is not None and not socket.open:
+            return raised(exc, "the WebSocket had ended")
+        if socket is not None and socket.moving and self.told:
+            return raised(exc, "the WebSocket moves to another worker all the same")
+        return raised(exc, "the WebSocket was closed with 1011")
 
 
 _EVENTS: dict[str, Callable[[AsgiWebSocket, Event], None]] = {

@@ -19,8 +19,9 @@ HTTP, WEBSOCKET = "http1", "websocket"
 # bytes: the most that a connection buffers is BUFFER_MAX of http1.py and two reads of asyncio, of 256 KiB each
 BYTES_MAX = 65536 + 2 * 262144
 STATE_MAX = 65536  # bytes that an application may leave; what is larger belongs into a database
-# bytes of header fields that travel, the default limit of a head; with these three and a third more for base64, a
-# capsule stays below the 1 MiB of a message
+# bytes of a WebSocket's messages and frames, and of its head, the default limit of one. With a third more for base64,
+# and up to twice the head for the list of subprotocols, a capsule stays below the 1 MiB of a message between processes.
+SOCKET_MAX = 524288
 HEAD_MAX = 65536
 
 

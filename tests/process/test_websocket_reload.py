@@ -66,6 +66,12 @@ async def after(scope, receive, send): pass
 def subprotocol(scope): return scope["subprotocols"][0]
 """
 
+_DENIES = """
+async def before(scope, receive, send):
+    await send({'type': 'websocket.http.response.start', 'status': 403, 'headers': []})
+    await send({'type': 'websocket.http.response.body', 'body': b'no'})
+"""
+
 RULES = ("--ws-on-reload", "/rejoin*=rejoin,/resume*=resume,close")
 
 
@@ -419,6 +425,21 @@ async def before(scope, receive, send):
         gone(server, 1)
 
 
+def test_a_state_that_is_taken_away_is_none(tmp_path: Path) -> None:
+    """The dict of the extension is the application's to change as it likes."""
+    extra = """
+async def before(scope, receive, send):
+    say(f"FOUND {scope['extensions']['apphost.resume']['state']}")
+async def after(scope, receive, send):
+    scope["extensions"]["apphost.resume"].clear()
+"""
+    with serving(tmp_path, extra=extra) as (server, address), WsClient(address, "/resume").opened() as client:
+        ask(client, "hello")
+        replace(server, "two", extra)
+        assert ask(client, "hello")[::2] == ("two", 1)
+        assert server.log.count("FOUND None") == 2
+
+
 # ---------------------------------------------------------------------------------------------------- what can go wrong
 
 
@@ -426,11 +447,12 @@ async def before(scope, receive, send):
     ("extra", "code"),
     [
         ("async def before(scope, receive, send): await send({'type': 'websocket.close', 'code': 4000})", 1012),
+        (_DENIES, 1012),
         ("async def before(scope, receive, send): raise RuntimeError('no more')", 1011),
         ("def subprotocol(scope): return scope['subprotocols'][1]", 1012),
         ("app_ = app\nasync def app(scope, receive, send):\n    if scope['type'] != 'websocket': await app_(scope, receive, send)", 1012),  # noqa: E501
     ],
-    ids=["denied", "raised", "another subprotocol", "returned"],
+    ids=["denied", "denied with a response", "raised", "another subprotocol", "returned"],
 )  # fmt: skip
 def test_an_application_that_does_not_take_it_again(tmp_path: Path, extra: str, code: int) -> None:
     """The client is told, with a whole closing handshake; it cannot be denied any more."""
@@ -441,6 +463,31 @@ def test_an_application_that_does_not_take_it_again(tmp_path: Path, extra: str, 
         assert client.closed() == (code, "")
         client.send(close_frame(code))
         assert client.eof()
+        gone(server, 1)
+
+
+def test_an_application_that_closes_before_it_hears_that_it_is_to_part(tmp_path: Path) -> None:
+    """W9: it has the last word, and the worker goes once the client has answered."""
+    extra = """
+async def app_(scope, receive, send, app=app):
+    async def reply(event):
+        if "hold" in (event.get("text") or "") and "holding" not in event["text"]:
+            event = {"type": "websocket.close", "code": 4000}
+        await send(event)
+    await app(scope, receive, reply)
+app = app_
+"""
+    args = ("--log-level", "debug")
+    with (
+        serving(tmp_path, *args, extra=extra) as (server, address),
+        WsClient(address, "/rejoin").opened() as client,
+    ):
+        client.say("hold")
+        assert client.hear() == "holding"
+        deploy(server, "two")
+        server.wait_line("the WebSocket of .* is to move")
+        (tmp_path / "go-on").touch()
+        assert client.part(4000) == (4000, "")
         gone(server, 1)
 
 
