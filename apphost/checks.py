@@ -48,13 +48,13 @@ def clean_probe(path: str) -> str:
     return path
 
 
-ON_RELOAD = ("close", "rejoin", "resume")
-
-
 def clean_on_reload(entries: tuple[str, ...]) -> tuple[str, ...]:
     """`PATTERN=POLICY` or `POLICY`, the pattern one for paths."""
+    from apphost.lifecycle import Policy
+
+    words = [policy.value for policy in Policy]
     for entry in entries:
         pattern, equals, policy = entry.rpartition("=")
-        if policy not in ON_RELOAD or (equals and pattern[:1] not in ("/", "*")):
-            raise ValueError(f"expected one of {', '.join(ON_RELOAD)}, alone or behind a path, as in '/chat/*=rejoin'")
+        if policy not in words or (equals and pattern[:1] not in ("/", "*")):
+            raise ValueError(f"expected one of {', '.join(words)}, alone or behind a path, as in '/chat/*=rejoin'")
     return entries

@@ -32,3 +32,11 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 def allowed(old: State, new: State) -> bool:
     """Whether a worker may go from `old` to `new`. Staying where it is counts as allowed: orders are idempotent."""
     return old is new or new in TRANSITIONS[old]
+
+
+class Policy(enum.Enum):
+    """What becomes of an open socket when its worker is replaced: the words of `ws_on_reload`."""
+
+    CLOSE = "close"  # closed with 1012: the client comes back by itself
+    REJOIN = "rejoin"  # the application is called anew by the next worker, and the client does not notice
+    RESUME = "resume"  # the same, and finds the state that it left before

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from apphost.interfaces.asgi_http import AsgiRequest, Event, as_bytes, http_scope, raised
+from apphost.lifecycle import Policy
 from apphost.logs import escape
 from apphost.protocols.base import ClientDisconnected, ResponseError, Stream
 from apphost.protocols.capsule import STATE_MAX
 from apphost.protocols.frames import may_be_sent
 from apphost.protocols.response import ResponseHead
-from apphost.protocols.websocket import Policy, WebSocket
+from apphost.protocols.websocket import WebSocket
 
 if TYPE_CHECKING:
     from apphost.interfaces.asgi import AsgiInterface
@@ -23,12 +24,12 @@ _DENIAL = "websocket."  # what is in front of the events of the denial response,
 class AsgiWebSocket(AsgiRequest):
     """A request until the application has answered the handshake: a denial is its response. From then on, `socket`."""
 
-    __slots__ = ("greeted", "legacy", "socket", "told")
+    __slots__ = ("greeted", "resume", "socket", "told")
 
     def __init__(self, interface: AsgiInterface, stream: Stream) -> None:
         self.greeted = False  # the application has had websocket.connect
         self.told = False  # it has had websocket.disconnect
-        self.legacy: dict[str, Any] | None = None  # of the scope: the state that it finds, and may leave
+        self.resume: dict[str, Any] | None = None  # of the scope: the state that it finds, and may leave
         self.socket: WebSocket | None = None
         super().__init__(interface, stream)
 
@@ -43,7 +44,7 @@ class AsgiWebSocket(AsgiRequest):
         scope["subprotocols"] = self.stream.opening.subprotocols
         scope["extensions"]["websocket.http.response"] = {}
         if self.stream.opening.policy is Policy.RESUME:
-            self.legacy = scope["extensions"][RESUME] = {"state": self.stream.opening.state}
+            self.resume = scope["extensions"][RESUME] = {"state": self.stream.opening.state}
         return scope
 
     # -- the application's side
@@ -164,7 +165,7 @@ class AsgiWebSocket(AsgiRequest):
         socket = self.socket
         if socket is None or not socket.moving or not self.told:
             return False
-        state = self.legacy.get("state") if self.legacy is not None else None
+        state = self.resume.get("state") if self.resume is not None else None
         if state is None or (isinstance(state, bytes) and len(state) <= STATE_MAX):
             socket.part(state)
         else:

@@ -10,21 +10,21 @@ from typing import NamedTuple
 
 from apphost.protocols.base import BadRequest, Headers, RequestHead
 from apphost.protocols.response import ResponseHead, ServerFields
+from apphost.protocols.strict import TOKEN
 
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
 _KEY = re.compile(rb"[A-Za-z0-9+/]{21}[AQgw]==")  # 16 bytes in base64
 
-_TCHAR = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
-_TOKEN = _TCHAR + rb"+"
+_TCHAR = TOKEN.removesuffix(b"+")
 _SPACE = rb"[ \t]*"
-_TOKEN_ONLY = re.compile(_TOKEN)
+_TOKEN_ONLY = re.compile(TOKEN)
 # RFC 6455, 9.1; a quoted value must be a token, too, once it is unquoted.
 _PARAMETER = re.compile(
-    _SPACE + rb";" + _SPACE + rb"(" + _TOKEN + rb")"
-    rb"(?:" + _SPACE + rb"=" + _SPACE + rb"(?:(" + _TOKEN + rb')|"((?:\\?' + _TCHAR + rb')+)"))?'
+    _SPACE + rb";" + _SPACE + rb"(" + TOKEN + rb")"
+    rb"(?:" + _SPACE + rb"=" + _SPACE + rb"(?:(" + TOKEN + rb')|"((?:\\?' + _TCHAR + rb')+)"))?'
 )  # fmt: skip
 # RFC 9110, 5.6.1.2: elements of a list may be empty
-_EXTENSION = re.compile(rb"[ \t,]*(" + _TOKEN + rb")((?:" + _PARAMETER.pattern + rb")*)" + _SPACE + rb"(?:,|\Z)")
+_EXTENSION = re.compile(rb"[ \t,]*(" + TOKEN + rb")((?:" + _PARAMETER.pattern + rb")*)" + _SPACE + rb"(?:,|\Z)")
 
 # What an application may not put into its answer: the fields that the handshake itself consists of.
 _OURS = frozenset(

@@ -6,13 +6,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes
 
+from apphost.lifecycle import Policy
 from apphost.protocols.base import Handler, RequestHead, ResponseError
 from apphost.protocols.capsule import Socket
 from apphost.protocols.deflate import Deflate, negotiate
 from apphost.protocols.exchange import NOBODY, Exchange, Progress
 from apphost.protocols.handshake import Handshake, accept_response
 from apphost.protocols.strict import examine
-from apphost.protocols.websocket import Policy, WebSocket, WebSocketOptions
+from apphost.protocols.websocket import WebSocket, WebSocketOptions
 
 if TYPE_CHECKING:
     from apphost.protocols.http1 import Connection
@@ -25,14 +26,14 @@ class Opening:
     (`rejoins`): it can be accepted as it was before, or be abandoned. `state`: what the application has left there.
     """
 
-    __slots__ = ("_exchange", "_handshake", "head", "policy", "rejoined", "state")
+    __slots__ = ("_exchange", "_handshake", "head", "options", "policy", "rejoined", "state")
 
     def __init__(self, exchange: Exchange, handshake: Handshake) -> None:
-        options = exchange.context.websockets or WebSocketOptions()
+        self.options = exchange.context.websockets or WebSocketOptions()
         self._exchange: Exchange | None = exchange
         self._handshake = handshake
         self.head = exchange.head
-        self.policy = options.policy(unquote_to_bytes(exchange.head.raw_path).decode("utf-8", "replace"))
+        self.policy = self.options.policy(unquote_to_bytes(exchange.head.raw_path).decode("utf-8", "replace"))
         self.rejoined: WebSocket | None = None
         self.state: bytes | None = None
 
@@ -53,14 +54,13 @@ class Opening:
             raise ResponseError("the handshake was answered already")
         if self.rejoined is not None:
             return self._accept_again(exchange, self.rejoined, handler, subprotocol)
-        context = exchange.context
-        options = context.websockets or WebSocketOptions()
+        options = self.options
         deflate, extension = None, b""
         if options.compression:
             # One that may move agrees to no window that it would have to take along.
             stays = self.policy is Policy.CLOSE
             deflate, extension = negotiate(self._handshake.offers, options.message, stays)
-        response = accept_response(self._handshake, subprotocol, headers, extension, context.server_fields)
+        response = accept_response(self._handshake, subprotocol, headers, extension, exchange.context.server_fields)
         websocket = WebSocket(exchange.connection, options, deflate, self, subprotocol)
         websocket.handler = handler
         exchange.connection.write(response)
@@ -94,7 +94,6 @@ class Opening:
 
 def restore_websocket(connection: Connection, socket: Socket) -> WebSocket:
     """The socket that another worker has had, with the application called for it anew. Raises `BadRequest`."""
-    context = connection.context
     head = RequestHead("GET", socket.target, "1.1", socket.headers)
     examine(head, "allow")
     head.upgrade = True
@@ -102,14 +101,14 @@ def restore_websocket(connection: Connection, socket: Socket) -> WebSocket:
     exchange.keep_alive = False
     exchange.opening = opening = Opening(exchange, Handshake(b"", socket.offered, []))
     opening.state = socket.state
-    options = context.websockets or WebSocketOptions()
+    options = opening.options
     deflate = None
     if socket.window is not None:
         ours, theirs, keep_ours = socket.window
         deflate = Deflate(options.message, ours, theirs, keep_ours, False)
     websocket = opening.rejoined = WebSocket(connection, options, deflate, opening, socket.subprotocol)
     websocket.handler = NOBODY
-    handler = context.interface.handle(exchange)
+    handler = connection.context.interface.handle(exchange)
     if not exchange.complete:  # an application may answer at once
         websocket.handler = handler
     return websocket

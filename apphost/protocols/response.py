@@ -12,8 +12,9 @@ from http import HTTPStatus
 from typing import TypeVar
 
 from apphost.protocols.base import ResponseError
+from apphost.protocols.strict import TOKEN
 
-_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2: token
+_NAME = re.compile(TOKEN)
 
 
 class Framing(enum.Enum):

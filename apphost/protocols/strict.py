@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 
 from apphost.protocols.base import BadRequest, Headers, RequestHead
 
-_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110, 5.6.2
+TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110, 5.6.2
 _VALUE = rb"[\t\x20-\x7e\x80-\xff]*"  # RFC 9110, 5.5: no control byte but HTAB, so no NUL, bare CR or bare LF
 
-_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) (HTTP/[0-9]\.[0-9])\r\n")
-_FIELD_LINES = re.compile(rb"(?:" + _TOKEN + rb":" + _VALUE + rb"\r\n)*\r\n")
-_FIELD_LINE = re.compile(_TOKEN + rb":" + _VALUE)
-_TOKEN_ONLY = re.compile(_TOKEN)
+_REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) (HTTP/[0-9]\.[0-9])\r\n")
+_FIELD_LINES = re.compile(rb"(?:" + TOKEN + rb":" + _VALUE + rb"\r\n)*\r\n")
+_FIELD_LINE = re.compile(TOKEN + rb":" + _VALUE)
+_TOKEN_ONLY = re.compile(TOKEN)
 
 # RFC 3986, 3.2.2: a reg-name (IPv4 is spelt in its alphabet) or an IP literal in brackets; RFC 9110, 7.2: may be empty.
 _IP_LITERAL = rb"\[(?:(?P<v6>[0-9A-Fa-f:.]+)|[vV][0-9A-Fa-f]+\.[!$&'()*+,;=\-._~:0-9A-Za-z]+)\]"
@@ -45,7 +45,7 @@ _ONLY_ONCE = {b"host": _NO_HOST, b"content-length": _BAD_LENGTH, b"transfer-enco
 
 # A whole head that is right, in one look; what does not match is taken apart to find out what is wrong with it.
 _match_good_head = re.compile(
-    rb"(" + _TOKEN + rb") ([!-~]+) (HTTP/1\.[01])\r\n(?:" + _TOKEN + rb":" + _VALUE + rb"\r\n)*\r\n"
+    rb"(" + TOKEN + rb") ([!-~]+) (HTTP/1\.[01])\r\n(?:" + TOKEN + rb":" + _VALUE + rb"\r\n)*\r\n"
 ).fullmatch
 
 _HOSTS: set[bytes] = set()

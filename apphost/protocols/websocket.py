@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from apphost.lifecycle import Policy
 from apphost.protocols.base import Handler
 from apphost.protocols.capsule import HEAD_MAX, SOCKET_MAX, Socket
 from apphost.protocols.deadlines import NEVER
@@ -52,14 +53,6 @@ class Life(enum.Enum):
     OPEN = enum.auto()
     CLOSING = enum.auto()  # we have said the last word; the client may still send
     CLOSED = enum.auto()  # nothing reaches the client any more
-
-
-class Policy(enum.Enum):
-    """What becomes of an open socket when its worker is replaced."""
-
-    CLOSE = "close"  # closed with 1012: the client comes back by itself
-    REJOIN = "rejoin"  # the application is called anew by the next worker, and the client does not notice
-    RESUME = "resume"  # the same, and finds the state that it left before
 
 
 OnReload = Sequence[tuple[Callable[[str], object], Policy]]
@@ -337,10 +330,9 @@ class WebSocket:
             return
         if self._ping and (self.reader.buffer or not self.reader.at_boundary):
             self._await_pong()  # the client is alive, and no pong can stand within a frame
-        if self._more or self._choked or self.waiting > HIGH_WATER:
+        if self._more or self._choked or self.moving or self.waiting > HIGH_WATER:
             self._flow()
         if self.moving:
-            self._flow()
             self._offer()
         elif came:
             self.handler.body_arrived()
@@ -401,9 +393,8 @@ class WebSocket:
         if self.moving:
             self.dismiss(1012, "the application has not parted in time" if not self.parted else "nobody has taken it")
         elif self.life is not _OPEN:
-            self.life = _CLOSED
             self.connection.close()
-            self._tell()
+            self.lost()
         elif self._ping and not self.connection.read_paused:
             self.life = _CLOSED
             self.code, self.reason = 1011, "no answer to a ping"

@@ -6,8 +6,9 @@ import asyncio
 import enum
 from collections.abc import Iterable, Iterator
 
+from apphost.lifecycle import Policy
 from apphost.protocols.http1 import Connection
-from apphost.protocols.websocket import Policy, WebSocket
+from apphost.protocols.websocket import WebSocket
 
 # Seconds between two sockets. Clients come back at once, each with a handshake and whatever the application does for a
 # new client; 200 a second are a moderate load for one worker.

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import itertools
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+import pytest
 
 from tests.support import Address, RawClient, Response, Server, wait_for
 
@@ -112,3 +116,20 @@ def settled(look: Callable[[], Any], quiet: float = 0.3, timeout: float = 20.0) 
         if (found := look()) != last:
             last, since = found, time.monotonic()
     return last
+
+
+WS_APP = "tests.process.ws_probe:app"
+WS_PAIRS = [("h11", "asyncio"), ("httptools", "uvloop")]
+flags = map("flag{}".format, itertools.count())
+
+
+@contextlib.contextmanager
+def serving_websockets(flavour: tuple[str, str], folder: Path, *options: str) -> Iterator[Probe]:
+    """A server with the application of `ws_probe.py`, on TCP and a Unix socket; skips without parser or loop."""
+    parser, loop = flavour
+    pytest.importorskip(parser)
+    pytest.importorskip(loop)
+    path = str(folder / "socket")
+    binds = ("--bind", "127.0.0.1:0", "--bind", f"unix:{path}")
+    with Server(WS_APP, *binds, "--http", parser, "--loop", loop, "--ws-close-timeout", "1s", *options) as server:
+        yield Probe(server, path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import itertools
 import signal
 import socket
 import struct
@@ -14,7 +13,18 @@ from typing import Any
 
 import pytest
 
-from tests.process.probing import Probe, Script, body, parsed, script, start
+from tests.process.probing import (
+    WS_APP,
+    WS_PAIRS,
+    Probe,
+    Script,
+    body,
+    flags,
+    parsed,
+    script,
+    serving_websockets,
+    start,
+)
 from tests.process.ws_probe import (
     ASKING,
     BINARY,
@@ -33,30 +43,23 @@ from tests.process.ws_probe import (
 )
 from tests.support import RawClient, Server, raw, request_bytes, wait_for, write_app
 
-APP = "tests.process.ws_probe:app"
-PAIRS = [("h11", "asyncio"), ("httptools", "uvloop")]
-ALL = [*PAIRS, ("h11", "uvloop"), ("httptools", "asyncio")]
+ALL = [*WS_PAIRS, ("h11", "uvloop"), ("httptools", "asyncio")]
 CONNECT = {"type": "websocket.connect"}
 ACCEPT = {"type": "websocket.accept"}
 
 everywhere = pytest.mark.parametrize("ws", ALL, ids="-".join, indirect=True)
-_flags = map("flag{}".format, itertools.count())
 
 
-@pytest.fixture(scope="module", params=PAIRS, ids="-".join)
+@pytest.fixture(scope="module", params=WS_PAIRS, ids="-".join)
 def ws(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Probe]:
-    parser, loop = request.param
-    pytest.importorskip(parser)
-    pytest.importorskip(loop)
-    path = str(tmp_path_factory.mktemp("ws") / "socket")
-    options = ("--http", parser, "--loop", loop, "--ws-close-timeout", "1s", "--log-level", "debug")
-    with Server(APP, "--bind", "127.0.0.1:0", "--bind", f"unix:{path}", "--access-log", "-", *options) as server:
-        yield Probe(server, path)
+    logs = ("--log-level", "debug", "--access-log", "-")
+    with serving_websockets(request.param, tmp_path_factory.mktemp("ws"), *logs) as probe:
+        yield probe
 
 
 @pytest.fixture(scope="module")
 def pingless() -> Iterator[Probe]:
-    with Server(APP, "--ws-ping-interval", "0", "--ws-close-timeout", "1s") as server:
+    with Server(WS_APP, "--ws-ping-interval", "0", "--ws-close-timeout", "1s") as server:
         yield Probe(server)
 
 
@@ -114,7 +117,7 @@ def test_w1_w6_w7_w8_a_socket_from_beginning_to_end(ws: Probe, unix: bool) -> No
 @everywhere
 def test_access_log_line(ws: Probe) -> None:
     """One line for each handshake, at its answer; the socket's end is not another request."""
-    opened, mark = "/" + next(_flags), ws.server.mark()
+    opened, mark = "/" + next(flags), ws.server.mark()
     with WsClient(ws.port, opened).opened() as client:
         assert client.hear()
         ws.server.wait_line(f'"GET {opened} HTTP/1.1" 101 0 [0-9.]+$', after=mark)
@@ -133,7 +136,7 @@ def test_access_log_line(ws: Probe) -> None:
 
 def test_w1_the_handshake_waits_for_the_application(ws: Probe) -> None:
     """W1: websocket.connect comes first, and nothing is answered before accept."""
-    flag = next(_flags)
+    flag = next(flags)
     it = script(("receive",), ("wait", flag), ("send", ACCEPT), ("echo",))
     with WsClient(ws.port, it.target) as client:
         assert ws.noted(it) == [CONNECT]
@@ -222,7 +225,7 @@ def test_x1_a_denial_in_one_piece(ws: Probe) -> None:
 
 def test_x1_a_denial_in_pieces(ws: Probe) -> None:
     """X1 S2: each on its way before the next is sent."""
-    flag = next(_flags)
+    flag = next(flags)
     pieces = [denial(body(b"one", True)), denial(body(b"", True)), denial(body(b"two"))]
     it = script(("send", denial(start(401))), ("send", pieces[0]), ("wait", flag), *(("send", p) for p in pieces[1:]))
     with WsClient(ws.port, it.target) as client:
@@ -546,7 +549,7 @@ def test_w4_a3_nothing_leaks_into_the_next_scope(pingless: Probe) -> None:
 
 def test_w4_h7_root_path_and_no_lifespan(serve: Callable[..., Server]) -> None:
     """W4 H7 H12"""
-    scope = scope_of(serve(APP, "--root-path", "/mount", "--lifespan", "off").port, "/a")
+    scope = scope_of(serve(WS_APP, "--root-path", "/mount", "--lifespan", "off").port, "/a")
     assert (scope["root_path"], scope["path"], scope["raw_path"]) == ("/mount", "/mount/a", b"/mount/a")
     assert "state" not in scope
 
@@ -656,7 +659,7 @@ def test_w5_accept_only_once(ws: Probe) -> None:
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "accepted later"])
 def test_w6_frames_that_come_with_the_handshake(ws: Probe, late: bool) -> None:
     """W6: a client that does not wait for the 101; thousands of them in their order, the last one in two parts."""
-    flag = next(_flags)
+    flag = next(flags)
     wait = [("receive",), ("wait", flag)] if late else []
     it = script(*wait, ("send", ACCEPT), *([] if late else [("receive",)]), ("echo",))
     messages = [f"message {number}" for number in range(2000)]
@@ -675,7 +678,7 @@ def test_w6_frames_that_come_with_the_handshake(ws: Probe, late: bool) -> None:
 
 def test_w6_more_than_can_wait_comes_with_the_handshake(ws: Probe) -> None:
     """W6 W15: it is left in the kernel until the application accepts, and then arrives."""
-    flag = next(_flags)
+    flag = next(flags)
     it = script(("receive",), ("wait", flag), ("send", ACCEPT), ("tally",))
     with WsClient(ws.port, it.target, early=frame(BINARY, bytes(200000)) * 5) as client:
         ws.noted(it)
@@ -708,7 +711,7 @@ def test_w8_the_end_comes_with_the_handshake(ws: Probe, early: bytes, code: int 
 @pytest.mark.parametrize("unix", [False, True], ids=["tcp", "unix"])
 def test_w8_a_client_that_does_not_wait_for_the_answer(ws: Probe, kind: str, unix: bool) -> None:
     """W8 A7: connect, then disconnect with 1006; what `accept` may raise then is no failure."""
-    flag = next(_flags)
+    flag = next(flags)
     it = script(("receive",), ("receive",), ("wait", flag), ("send", ACCEPT), ("receive",))
     with WsClient(ws.socket_path if unix else ws.port, it.target) as client:
         ws.noted(it)
@@ -722,7 +725,7 @@ def test_w8_a_client_that_does_not_wait_for_the_answer(ws: Probe, kind: str, uni
 @pytest.mark.parametrize("kind", ["close", "half"])
 def test_w8_a_client_that_has_gone_before_accept(pingless: Probe, kind: str) -> None:
     """W8: an application that has only asked for connect must hear of it after accept; no ping will tell."""
-    flag = next(_flags)
+    flag = next(flags)
     it = script(("receive",), ("wait", flag), ("attempt", ACCEPT), ("receive",))
     with WsClient(pingless.port, it.target) as client:
         pingless.noted(it)
@@ -892,7 +895,7 @@ def test_w6_r6_a_cancelled_receive_loses_nothing(ws: Probe) -> None:
 
 def test_w7_pings_are_answered(ws: Probe) -> None:
     """W7: with their payload, in their order, whatever the application does."""
-    flag = next(_flags)
+    flag = next(flags)
     payloads = [b"", b"x", bytes(range(125)), b"\xff\xfe", b"y"]
     with WsClient(ws.port, script(("accept",), ("wait", flag), ("echo",)).target).opened() as client:
         for payload in payloads:
@@ -912,14 +915,14 @@ def test_w7_pongs_that_nobody_asked_for_are_ignored(ws: Probe) -> None:
         assert client.hear() == "text"
 
 
-@pytest.fixture(scope="module", params=PAIRS, ids="-".join)
+@pytest.fixture(scope="module", params=WS_PAIRS, ids="-".join)
 def pinging(request: pytest.FixtureRequest) -> Iterator[Probe]:
     """A server that pings all the time."""
     parser, loop = request.param
     pytest.importorskip(parser)
     pytest.importorskip(loop)
     pings = ("--ws-ping-interval", "0.3s", "--ws-ping-timeout", "1s", "--ws-close-timeout", "1s")
-    with Server(APP, "--http", parser, "--loop", loop, *pings) as server:
+    with Server(WS_APP, "--http", parser, "--loop", loop, *pings) as server:
         yield Probe(server)
 
 
@@ -959,10 +962,10 @@ def answering(client: WsClient) -> Frame:
     return got
 
 
-@pytest.mark.parametrize("pinging", PAIRS[1:], ids="-".join, indirect=True)
+@pytest.mark.parametrize("pinging", WS_PAIRS[1:], ids="-".join, indirect=True)
 def test_w7_w15_an_application_that_does_not_receive_is_not_a_silent_client(pinging: Probe) -> None:
     """W7 W15: the answers wait behind what is not read; another client's end shows that the time has passed."""
-    flag, size, count = next(_flags), 60000, 20
+    flag, size, count = next(flags), 60000, 20
     it = script(("accept",), ("wait", flag), ("several", count), ("echo",))
     with WsClient(pinging.port, it.target).opened() as client:
         client.send(frame(BINARY, bytes(size)) * count)
@@ -977,7 +980,7 @@ def test_w7_w15_an_application_that_does_not_receive_is_not_a_silent_client(ping
         assert answering(client) == Frame(TEXT, b"answer")
 
 
-@pytest.mark.parametrize("pinging", PAIRS[:1], ids="-".join, indirect=True)
+@pytest.mark.parametrize("pinging", WS_PAIRS[:1], ids="-".join, indirect=True)
 def test_w7_a_client_in_the_middle_of_a_large_frame_is_not_silent(pinging: Probe) -> None:
     """W7: no pong may stand within a frame (RFC 6455, 5.4), so that its next bytes are all that it can say."""
     wire = frame(BINARY, bytes(2**20))
@@ -990,7 +993,7 @@ def test_w7_a_client_in_the_middle_of_a_large_frame_is_not_silent(pinging: Probe
 
 def test_w7_an_application_that_blocks_the_loop_is_not_a_silent_client(pinging: Probe) -> None:
     """W7: the answer lay in the kernel when its time was up."""
-    name = next(_flags)
+    name = next(flags)
     with WsClient(pinging.port, script(("accept",), ("receive",), ("block", 1.5, name), ("echo",)).target) as client:
         payload = ping(client.opened())
         client.say("go")
@@ -1066,7 +1069,7 @@ def test_w8_a_connection_lost_within_a_message(ws: Probe, rest: bytes) -> None:
 
 def test_w8_messages_before_the_close_frame_arrive(ws: Probe) -> None:
     """W8: though they are received when the socket is long closed; those behind it do not."""
-    flag = next(_flags)
+    flag = next(flags)
     it = script(("accept",), ("wait", flag), ("tally",), ("receive",))
     with WsClient(ws.port, it.target).opened() as client:
         client.send(frame(TEXT, b"x") * 500 + close_frame(3002) + frame(TEXT, b"behind") * 10)
@@ -1207,7 +1210,7 @@ def test_w9_a_client_that_talks_on_is_not_waited_for(ws: Probe) -> None:
 
 def test_w9_both_close_at_once(ws: Probe) -> None:
     """W9 W8: the server says it only once."""
-    flag = next(_flags)
+    flag = next(flags)
     it = script(("accept",), ("wait", flag), ("attempt", {"type": "websocket.close", "code": 4002}), ("receive",))
     with WsClient(ws.port, it.target).opened() as client:
         ws.set(flag)
@@ -1249,7 +1252,7 @@ def test_w9_messages_before_the_close_go_out(ws: Probe) -> None:
 
 def test_w10_an_application_that_returns(ws: Probe) -> None:
     """W10: 1000, and nothing in the log; also with messages that it has not received."""
-    flag = next(_flags)
+    flag = next(flags)
     it = script(("accept",), ("wait", flag))
     with WsClient(ws.port, it.target).opened() as client:
         client.say("not received")
@@ -1379,13 +1382,13 @@ def test_w12_receive_after_disconnect_repeats_it(ws: Probe, steps: list[Any], en
 # -- W16: the end of the worker
 
 
-@pytest.mark.parametrize(("parser", "loop"), PAIRS)
+@pytest.mark.parametrize(("parser", "loop"), WS_PAIRS)
 def test_w16_a_stop(serve: Callable[..., Server], parser: str, loop: str) -> None:
     """W16: open sockets are closed with 1001 or 1012, with all of the closing handshake, and the application hears of
     it; a handshake that is not answered yet may still be denied; no process is left behind."""
     pytest.importorskip(parser)
     pytest.importorskip(loop)
-    probe = Probe(serve(APP, "--http", parser, "--loop", loop, "--stop-timeout", "3s"))
+    probe = Probe(serve(WS_APP, "--http", parser, "--loop", loop, "--stop-timeout", "3s"))
     it = script(("accept",), ("say", "open"), ("tell", "told", ("receive",)))
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(WsClient(probe.port, it.target).opened()) for _ in range(3)]
@@ -1408,7 +1411,7 @@ def test_w16_a_stop(serve: Callable[..., Server], parser: str, loop: str) -> Non
 
 def test_w16_a_stop_does_not_wait_for_a_silent_client(serve: Callable[..., Server]) -> None:
     """W16 W9: nor for an application that does not care."""
-    probe = Probe(serve(APP, "--stop-timeout", "2s", "--ws-close-timeout", "1s"))
+    probe = Probe(serve(WS_APP, "--stop-timeout", "2s", "--ws-close-timeout", "1s"))
     ignoring = script(("accept",), ("say", "open"), ("tally",), ("wait", "never"))
     with WsClient(probe.port, "/echo").opened(), WsClient(probe.port, ignoring.target).opened() as client:
         assert client.hear() == "open"
@@ -1419,7 +1422,7 @@ def test_w16_a_stop_does_not_wait_for_a_silent_client(serve: Callable[..., Serve
 
 def test_w16_a_reload(serve: Callable[..., Server]) -> None:
     """W16: 1012, as the clients are to come back; the new worker serves them."""
-    server = serve(APP, "--graceful-timeout", "10s")
+    server = serve(WS_APP, "--graceful-timeout", "10s")
     with WsClient(server.port, "/echo").opened() as client:
         client.say("old")
         assert client.hear() == "old"
@@ -1448,7 +1451,7 @@ def app(environ, start_response):
 def test_ws_none(serve: Callable[..., Server], parser: str) -> None:
     """A9 P14: the handshake is a request like any other, on a connection that goes on."""
     pytest.importorskip(parser)
-    server = serve(APP, "--ws", "none", "--http", parser)
+    server = serve(WS_APP, "--ws", "none", "--http", parser)
     with RawClient(server.port) as client:
         for fields in (list(ASKING), asking(version="8"), without(K)):
             client.send(request_bytes("GET", "/asked", fields))

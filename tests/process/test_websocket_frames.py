@@ -21,7 +21,7 @@ import pytest
 from websockets.extensions.permessage_deflate import ClientPerMessageDeflateFactory
 from websockets.sync.client import connect
 
-from tests.process.probing import Probe, Script, script, settled
+from tests.process.probing import WS_APP, WS_PAIRS, Probe, Script, flags, script, serving_websockets, settled
 from tests.process.ws_probe import (
     BINARY,
     CLOSE,
@@ -38,26 +38,17 @@ from tests.process.ws_probe import (
 )
 from tests.support import Server, linux
 
-APP = "tests.process.ws_probe:app"
-PAIRS = [("h11", "asyncio"), ("httptools", "uvloop")]
 KIB, MIB = 2**10, 2**20
 LIMIT = MIB  # of a message, on the server of this file
 EXTENSIONS = "Sec-WebSocket-Extensions"
 DEFLATE = "permessage-deflate"
 
-_flags = map("flag{}".format, itertools.count())
 
-
-@pytest.fixture(scope="module", params=PAIRS, ids="-".join)
+@pytest.fixture(scope="module", params=WS_PAIRS, ids="-".join)
 def ws(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Probe]:
-    parser, loop = request.param
-    pytest.importorskip(parser)
-    pytest.importorskip(loop)
-    path = str(tmp_path_factory.mktemp("ws") / "socket")
-    binds = ("--bind", "127.0.0.1:0", "--bind", f"unix:{path}")
-    limits = ("--limit-ws-message", "1MiB", "--ws-close-timeout", "1s", "--write-timeout", "1s")
-    with Server(APP, *binds, "--http", parser, "--loop", loop, *limits) as server:
-        yield Probe(server, path)
+    limits = ("--limit-ws-message", "1MiB", "--write-timeout", "1s")
+    with serving_websockets(request.param, tmp_path_factory.mktemp("ws"), *limits) as probe:
+        yield probe
 
 
 def until_the_end(ws: Probe, it: Script) -> tuple[list[str | bytes], int]:
@@ -193,7 +184,7 @@ def test_w13_messages_of_the_size_of_the_limit(ws: Probe, size: int, count: int)
 
 def test_w13_a_limit_of_a_few_bytes(serve: Callable[..., Server]) -> None:
     """W13"""
-    port = serve(APP, "--limit-ws-message", "3").port
+    port = serve(WS_APP, "--limit-ws-message", "3").port
     for wire in (frame(TEXT, b"four"), fragments(TEXT, b"f", b"our"), fragments(TEXT, b"fou", b"", b"r")):
         with WsClient(port, "/echo").opened() as client:
             client.send(frame(TEXT, "€".encode()) + frame(TEXT))
@@ -340,7 +331,7 @@ def test_w14_not_without_an_offer(ws: Probe) -> None:
 
 def test_w14_switched_off(serve: Callable[..., Server]) -> None:
     """W14: RSV1 is an error then."""
-    with WsClient(serve(APP, "--no-ws-compression").port, "/echo", [(EXTENSIONS, DEFLATE)]).opened() as client:
+    with WsClient(serve(WS_APP, "--no-ws-compression").port, "/echo", [(EXTENSIONS, DEFLATE)]).opened() as client:
         assert agreed(client) is None
         client.send(frame(TEXT, deflated(b"text"), rsv=4))
         assert client.ended()[0] == 1002
@@ -523,7 +514,7 @@ def test_w14_a_bomb_costs_no_more_than_the_limit(ws: Probe) -> None:
 @linux
 def test_w14_w15_messages_inflate_only_as_they_are_received(ws: Probe) -> None:
     """W14 W15: a few hundred KiB may hold hundreds of messages, each as large as is allowed."""
-    flag, count = next(_flags), 200
+    flag, count = next(flags), 200
     it = script(("accept",), ("receive",), ("block", 0.5, flag), ("wait", flag), ("several", count))
     with WsClient(ws.port, it.target, [(EXTENSIONS, f"{DEFLATE}; client_no_context_takeover")]).opened() as client:
         client.say("now")
@@ -552,7 +543,7 @@ def test_w15_an_application_that_does_not_receive_stops_the_client(
 ) -> None:
     """W15: its `send` blocks, the server's memory does not grow, and in the end everything arrives. On a Unix socket,
     where the kernel takes little itself; with large messages on TCP, where it takes more."""
-    flag = next(_flags)
+    flag = next(flags)
     it = script(("accept",), ("wait", flag), ("tally",))
     with WsClient(ws.port if messages == 1 else ws.socket_path, it.target).opened() as client:
         with Memory(ws) as memory:
