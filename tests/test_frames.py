@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import operator
+import sys
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from enum import IntEnum
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from websockets.speedups import apply_mask
 from wsproto.frame_protocol import FrameProtocol
 
 from apphost.protocols.deflate import Deflate
@@ -35,8 +37,8 @@ from apphost.protocols.frames import (
     frame_header,
     may_be_sent,
     message_frame,
-    unmask,
 )
+from apphost.protocols.masking import Unmask, fastest, unmask
 from tests.test_body import singly, split
 
 FIRST_TEXT, FIRST_BINARY, MIDDLE, LAST = 0x01, 0x02, 0x00, 0x80
@@ -45,6 +47,9 @@ LIMIT = 1000
 
 Seen = str | bytes | Ping | Pong | Close | int  # the code alone of what is broken
 Pieces = Callable[[bytes], Iterable[bytes]]
+
+
+MASKS = [pytest.param(unmask, id="in Python"), pytest.param(fastest(), id="compiled")]
 
 
 def naive(payload: bytes, key: bytes) -> bytes:
@@ -600,19 +605,37 @@ def test_any_bytes(frames: list[tuple[int, int, bytes]]) -> None:
 # -- what we send
 
 
-@given(st.binary(max_size=40), st.binary(min_size=4, max_size=4))
-def test_unmask(payload: bytes, key: bytes) -> None:
+@pytest.mark.parametrize("unmask", MASKS)
+@given(payload=st.binary(max_size=40), key=st.binary(min_size=4, max_size=4))
+def test_unmask(unmask: Unmask, payload: bytes, key: bytes) -> None:
     """W6"""
     assert unmask(payload, key) == naive(payload, key)
 
 
+@pytest.mark.parametrize("unmask", MASKS)
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 4, 5, 510, 511, 512, 513, 514, 515, 516, 1021, 4099])
 @pytest.mark.parametrize("key", [b"\0\0\0\0", b"\0\xff\x01\x80", KEY, b"\xff\xff\xff\xff"])
-def test_unmask_of_all_sizes(size: int, key: bytes) -> None:
+def test_unmask_of_all_sizes(unmask: Unmask, size: int, key: bytes) -> None:
     """W6"""
     payload = bytes(value * 7 & 0xFF for value in range(size))
     assert unmask(payload, key) == naive(payload, key)
     assert unmask(unmask(payload, key), key) == payload
+
+
+def test_fastest_is_the_compiled_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test requirements have it; where it is not installed it is that in Python, which all others here use."""
+    assert fastest() is apply_mask
+    monkeypatch.setitem(sys.modules, "websockets.speedups", None)
+    assert fastest() is unmask
+
+
+@pytest.mark.parametrize("size", [0, 5, 125, 126, 4000, 65536])
+def test_messages_with_the_compiled_one(size: int) -> None:
+    """W6"""
+    said: list[Seen] = [bytes(size), Ping(b"one"), "ä" * size]
+    wire = frame(BINARY, bytes(size)) + frame(PING, b"one") + frame(TEXT, ("ä" * size).encode())
+    for pieces in cuttings(wire):
+        assert deliver(Reader(2 * size, None, fastest()), pieces) == said
 
 
 def received(wire: bytes) -> list[tuple[int, Any]]:

@@ -185,7 +185,7 @@ class Arbiter:
         if kind == "settings":
             server.settings = Settings.from_wire(message["settings"])
         elif kind == "failed":
-            server.failure = _failure(message)
+            server.failure = Failure.told(message)
         elif kind == "forked" and worker is not None:
             worker.pid = int(message["pid"])
             self.log.info(f"{worker.name} booting, pid {worker.pid}", **who(worker))
@@ -238,7 +238,7 @@ class Arbiter:
         elif kind == "ready":
             self._worker_ready(worker, message)
         elif kind == "failed":
-            worker.failure = _failure(message)
+            worker.failure = Failure.told(message)
         elif kind == "replace":
             self.log.info(f"{worker.name} asks to be replaced: {message['why']}", **who(worker))
             self._feed(v.WorkerAsksReplacement(worker.wid))
@@ -248,6 +248,9 @@ class Arbiter:
             self._feed(v.WorkerLeaves(worker.wid))
 
     def _worker_ready(self, worker: WorkerProcess, message: Message) -> None:
+        known = self.fleet.workers.get(worker.wid)
+        if known is None or known.state is not State.BOOTING:
+            return  # told to leave while it said this: nobody's successor, and no news
         worker.ready_at = time.monotonic()
         worker.names = {name: str(message.get(name, "?")) for name in ("interface", "parser", "loop")}
         what = ", ".join(worker.names.values())
@@ -308,7 +311,7 @@ class Arbiter:
 
     def _hear_last(self, worker: WorkerProcess, message: Message) -> None:
         if message["t"] == "failed":
-            worker.failure = _failure(message)
+            worker.failure = Failure.told(message)
 
     # -- actions
 
@@ -494,7 +497,3 @@ _PERFORM: dict[type, Callable[[Arbiter, Any], None]] = {
     v.GenerationGivenUp: Arbiter._given_up,
     v.Halt: Arbiter._halt,
 }
-
-
-def _failure(message: Message) -> Failure:
-    return Failure(str(message["message"]), str(message["detail"]), int(message.get("code", ExitCode.APPLICATION)))

@@ -9,8 +9,9 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 
+from apphost.errors import ExitCode
 from apphost.forkserver import COMMAND
-from apphost.messages import PROTOCOL_VERSION, Channel
+from apphost.messages import PROTOCOL_VERSION, Channel, Message
 from apphost.settings import Settings
 from apphost.sources import Source
 
@@ -25,6 +26,11 @@ class Failure:
     message: str
     detail: str
     code: int
+
+    @classmethod
+    def told(cls, message: Message) -> Failure:
+        """As a fork server or a worker has told it in `failed`."""
+        return cls(str(message["message"]), str(message["detail"]), int(message.get("code", ExitCode.APPLICATION)))
 
 
 @dataclass(slots=True)

@@ -37,6 +37,7 @@ from apphost.protocols.frames import (
     control_frame,
     message_frame,
 )
+from apphost.protocols.masking import Unmask, unmask
 
 if TYPE_CHECKING:
     from apphost.protocols.opening import Opening
@@ -80,6 +81,7 @@ class WebSocketOptions:
     message: int = 16 * 2**20
     compression: bool = True
     on_reload: OnReload = ()
+    unmask: Unmask = unmask
 
     def policy(self, path: str) -> Policy:
         """What becomes of a socket of this path when its worker goes: the first pattern that matches decides."""
@@ -134,7 +136,7 @@ class WebSocket:
         self.policy = opening.policy
         self.offered = opening.subprotocols
         self.subprotocol = subprotocol
-        self.reader = Reader(options.message, deflate)
+        self.reader = Reader(options.message, deflate, options.unmask)
         self.life = _OPEN
         self.leaving = False  # the worker goes: the application is told, whatever the client still says
         self.code = 1006  # how it ended (RFC 6455, 7.1.5); 1006 until anything better is known

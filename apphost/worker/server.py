@@ -16,6 +16,7 @@ from apphost.interfaces.threads import ThreadPool
 from apphost.lifecycle import State, allowed
 from apphost.logs import AccessLog, Log, open_access_log
 from apphost.messages import Channel, Message, ProtocolError
+from apphost.protocols import masking
 from apphost.protocols.base import HeadParser
 from apphost.protocols.context import Context, Timeouts
 from apphost.protocols.response import ServerFields
@@ -97,6 +98,7 @@ class Server:
             message=settings.limit_ws_message,
             compression=settings.ws_compression,
             on_reload=read_on_reload(settings.ws_on_reload),
+            unmask=masking.fastest(),
         )
 
     # -- life

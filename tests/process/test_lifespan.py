@@ -378,4 +378,18 @@ def test_signal_during_startup(start: Start, tmp_path: Path, number: int) -> Non
     (tmp_path / "go").touch()
     assert server.wait_exit() == 0
     order(server, "startup complete", "event lifespan.shutdown", "left its lifespan")
-    assert "ready in" not in server.log
+    assert not re.search("draining(.|\n)*ready in", server.log)
+
+
+def test_ready_and_told_to_leave_at_once(start: Start, tmp_path: Path) -> None:
+    """L6: an arbiter that reads of both at a time does not call ready who leaves, whichever it reads first."""
+    server = start("wait", until="listening")
+    server.wait_line("event lifespan.startup")
+    server.signal(signal.SIGSTOP)
+    (tmp_path / "go").touch()
+    assert get(server)["pid"] != server.pid  # the worker serves: its arbiter has yet to hear of it
+    server.signal(signal.SIGTERM)
+    server.signal(signal.SIGCONT)
+    assert server.wait_exit() == 0
+    assert "event lifespan.shutdown" in server.log
+    assert not re.search("draining(.|\n)*ready in", server.log)
