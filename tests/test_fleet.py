@@ -23,7 +23,6 @@ from apphost.arbiter.vocabulary import (
     CanaryFailed,
     CanaryStarted,
     Config,
-    Configured,
     Drain,
     Dump,
     Event,
@@ -562,18 +561,19 @@ def test_scale_down_retires_old_code_first_also_where_it_was_started_last() -> N
     assert story.wids(State.READY) == [3]
 
 
-def test_new_settings_of_a_proven_generation() -> None:
-    story = Story.serving(1, graceful_timeout=30.0)
-    story.happens(Configured(Config(size=2, timeout=0.0, graceful_timeout=5.0)))
-    story.expect(Spawn(2, 1))
-    story.ready(2)
+def test_the_size_that_ttou_chose_stays_where_new_settings_say_nothing_new() -> None:
+    story = Story.serving(2)
     story.ttou()
-    story.expect(Drain(1, 5.0, Reason.SCALE_DOWN, (2,)))
-    story.happens(Configured(Config(size=2, timeout=0.0, graceful_timeout=6.0)))
-    story.expect()
-    assert story.fleet.size == 1, "what TTOU chose stays where the settings say nothing new"
-    story.happens(Configured(Config(size=3, timeout=0.0)))
-    story.expect(Spawn(3, 1), Spawn(4, 1))
+    story.expect(Drain(1, 30.0, Reason.SCALE_DOWN, (2,)))
+    story.reload()
+    story.expect(Spawn(3, 2))
+    story.happens(WorkerReady(3, Config(size=2, timeout=0.0, graceful_timeout=6.0)))
+    story.expect(Drain(2, 6.0, Reason.RELOAD, (3,)), GenerationComplete(2))
+    story.reload()
+    story.expect(Spawn(4, 3))
+    story.happens(WorkerReady(4, Config(size=3, timeout=0.0)))
+    story.expect(Spawn(5, 3))
+    assert story.fleet.size == 3
 
 
 # ------------------------------------------------------------------------------------------------------------- stop

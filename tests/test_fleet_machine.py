@@ -27,7 +27,6 @@ from apphost.arbiter.vocabulary import (
     CanaryFailed,
     CanaryStarted,
     Config,
-    Configured,
     Drain,
     Dump,
     Event,
@@ -50,6 +49,7 @@ from apphost.arbiter.vocabulary import (
 )
 from apphost.errors import ExitCode
 from apphost.lifecycle import State
+from tests.test_state import back, wire_of
 
 OWN_DOING = {Reason.RELOAD, Reason.RECYCLE, Reason.SCALE_DOWN}
 OF_UNPROVEN_CODE = {Reason.GIVEN_UP, Reason.SUPERSEDED}
@@ -265,7 +265,7 @@ class World(RuleBasedStateMachine):
 
     def check_settings(self, event: Event, before: Fleet) -> None:
         """Settings count from the moment at which their generation is proven."""
-        if self.fleet.good == before.good and not isinstance(event, Configured):
+        if self.fleet.good == before.good:
             assert self.fleet.config == before.config
             assert isinstance(event, ScaleAsked) or self.fleet.size == before.size
         elif self.fleet.config.size != before.config.size:
@@ -393,9 +393,18 @@ class World(RuleBasedStateMachine):
         if self.fleet.size < 6 or delta < 0:
             self.happens(ScaleAsked(delta))
 
-    @rule(config=configs)
-    def configure(self, config: Config) -> None:
-        self.happens(Configured(config))
+    @rule(rolls=st.booleans())
+    def upgrade(self, rolls: bool) -> None:
+        """USR2: the state goes to the next program as JSON. Where nothing but the trial of it is run, it is read there,
+        too, and has no effect here."""
+        if self.halts or self.fleet.stopping:
+            return
+        read = back(wire_of(self.fleet)).fleet
+        assert read == self.fleet
+        if rolls:
+            self.fleet = read
+            self.happens(Tick())
+            self.happens(ReloadAsked())
 
     @rule(luck=st.integers(0, 15), now=st.booleans())
     def stop(self, luck: int, now: bool) -> None:

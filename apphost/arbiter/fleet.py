@@ -23,7 +23,6 @@ from apphost.arbiter.vocabulary import (
     CanaryFailed,
     CanaryStarted,
     Config,
-    Configured,
     Drain,
     Dump,
     Event,
@@ -180,11 +179,6 @@ def _scale_asked(fleet: Fleet, event: ScaleAsked, _now: float) -> list[Action]:
     return []
 
 
-def _configured(fleet: Fleet, event: Configured, _now: float) -> list[Action]:
-    _adopt(fleet, event.config)
-    return []
-
-
 def _adopt(fleet: Fleet, config: Config) -> None:
     # A size that TTIN/TTOU chose is kept unless the settings themselves say something new.
     if config.size != fleet.config.size:
@@ -294,7 +288,6 @@ _HANDLERS: dict[type, Callable[..., list[Action]]] = {
     ReloadAsked: _reload_asked,
     StopAsked: _stop_asked,
     ScaleAsked: _scale_asked,
-    Configured: _configured,
     WorkerReady: _worker_ready,
     WorkerBeat: _worker_beat,
     WorkerAsksReplacement: _worker_asks_replacement,

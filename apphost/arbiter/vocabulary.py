@@ -64,13 +64,6 @@ class ScaleAsked:
 
 
 @dataclass(frozen=True, slots=True)
-class Configured:
-    """A proven generation brought new settings."""
-
-    config: Config
-
-
-@dataclass(frozen=True, slots=True)
 class WorkerReady:
     """`config`: the settings of its generation, which count from now on if this is what proves it."""
 
@@ -118,7 +111,6 @@ Event = (
     ReloadAsked
     | StopAsked
     | ScaleAsked
-    | Configured
     | WorkerReady
     | WorkerBeat
     | WorkerAsksReplacement
