@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import faulthandler
 import os
+import resource
 import signal
 import socket
 import time
@@ -20,6 +21,9 @@ from apphost.worker.loading import choose_loop, choose_parser, detect_interface,
 from apphost.worker.server import Server
 
 DETAIL_MAX = 65536  # characters of a traceback that travel to the arbiter: a recursion error's is longer than useful
+
+# Descriptors beside those of connections: what the application has open, and the twins of connections that move.
+SPARE_DESCRIPTORS = 1024
 
 # These belong to the arbiter; a terminal or a container runtime may send them to everybody.
 _NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGTTIN, signal.SIGTTOU, signal.SIGQUIT)
@@ -50,6 +54,7 @@ def run(assignment: Assignment, channel: Channel) -> int:
     log = Log(settings.log_level, settings.log_format)
     server: list[Server] = []
     _prepare_signals()
+    allow_descriptors(settings.limit_connections + SPARE_DESCRIPTORS)
     _prepare_dump(assignment.dump, server)
     try:
         return _run(assignment, channel, log, server)
@@ -110,6 +115,23 @@ def _finish(loop: asyncio.AbstractEventLoop) -> None:
 def _tell_failure(channel: Channel, exc: ApphostError) -> None:
     detail = exc.detail[-DETAIL_MAX:]
     channel.send({"t": "failed", "message": exc.message, "detail": detail, "code": int(exc.exit_code)})
+
+
+def allow_descriptors(wanted: int) -> None:
+    """Raise the soft limit (RLIMIT_NOFILE) to `wanted`, or as near as the hard one lets it.
+
+    The usual 1024 is for programs that call select(2), which cannot do more; those that can shall raise it themselves
+    (systemd.exec(5), `LimitNOFILE=`). An application that uses select(2) on its own descriptors is no worse off before
+    there are that many, and then it would have none at all.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft == resource.RLIM_INFINITY or soft >= enough:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
+    except (OSError, ValueError):
+        pass  # macOS has another limit for each process (kern.maxfilesperproc) and refuses what is above it
 
 
 def _prepare_signals() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import re
+import resource
 import signal
 import threading
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.load import Answer, Load, announces_close, check, site
+from tests.load import INTERFACES, Answer, Load, announces_close, check, site
 from tests.support import Address, RawClient, Server, alive, request_bytes, wait_for, write_app
 
 FLAVOURS = [
@@ -74,12 +75,14 @@ Receiver._prepare = sabotaged
 
 
 @contextlib.contextmanager
-def serving(folder: Path, flavour: Sequence[str], *args: str, kind: str = "tcp") -> Iterator[tuple[Server, Address]]:
+def serving(
+    folder: Path, flavour: Sequence[str], *args: str, kind: str = "tcp", prefix: Sequence[str] = ()
+) -> Iterator[tuple[Server, Address]]:
     """A server for the site with streams, and its address; it must stop with 0 in the end."""
     interface, parser, loop = flavour
     write_app(folder, "app", site(interface, extra=_STREAM[interface]))
     bind = ("--bind", f"unix:{folder}/s") if kind == "unix" else ("--bind", "127.0.0.1:0")
-    with Server("app:app", *bind, "--http", parser, "--loop", loop, *args, cwd=folder) as server:
+    with Server("app:app", *bind, "--http", parser, "--loop", loop, *args, cwd=folder, prefix=prefix) as server:
         yield server, f"{folder}/s" if kind == "unix" else server.port
         assert server.stop() == 0
 
@@ -168,6 +171,36 @@ def test_two_hundred_silent_connections_survive_five_reloads(
         assert {answer.version for answer in answers} == {"v4"}
         # Not necessarily both: one old worker may have had all of them, and it may have been the first to drain.
         assert {answer.pid for answer in answers} <= set(pids)
+
+
+SOFT_1024 = ("sh", "-c", 'ulimit -S -n 1024; exec "$@"', "sh")
+
+
+@contextlib.contextmanager
+def descriptors(wanted: int) -> Iterator[None]:
+    """So many for this process and for the servers that it starts, of which each worker wants them, too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= hard < wanted:
+        pytest.skip(f"this machine allows {hard} descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("interface", INTERFACES)
+def test_a_thousand_idle_connections_are_alive_after_a_reload(tmp_path: Path, interface: str) -> None:
+    """Also where the soft limit of the server is the usual 1024, which one worker needs for its connections alone."""
+    flavour = (interface, "httptools", "uvloop")
+    with (
+        descriptors(3000),
+        serving(tmp_path, flavour, prefix=SOFT_1024) as (server, address),
+        crowd(address, 1010, 20, 20) as people,
+    ):
+        deploy(server, flavour, "two")
+        (pid,) = only(server, 1)
+        assert {(answer.version, answer.pid) for answer in people.ask()} == {("two", pid)}
 
 
 @each_flavour
