@@ -6,7 +6,8 @@ broken file), prepares what all workers share, and forks a worker whenever the a
 application code itself, unless `preload` has it import the application.
 
 Messages from the arbiter: `config` (once, first), `spawn` with two descriptors, `stop_listening`. To the arbiter:
-`settings` or `failed`, then `forked` and `exited`. When the arbiter is gone, it goes; its workers notice by themselves.
+`settings` or `failed`, then `forked` and `exited`. When the arbiter is gone, workers notice by themselves; this
+one waits for them, kills those that do not end in time, and goes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import select
 import signal
 import socket
 import sys
+import time
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
 COMMAND = (
     "import sys; sys.path.append(sys.path.pop(0)); from apphost.forkserver import main; main(*map(int, sys.argv[1:]))"
 )
+
+# s after the time for a drain: a worker may need some for the end of its lifespan (`SHUTDOWN_MIN`), and a busy machine.
+ORPHAN_GRACE = 2.0
 
 _FOR_THE_ARBITER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT,
                     signal.SIGTTIN, signal.SIGTTOU)  # fmt: skip
@@ -124,11 +129,27 @@ class ForkServer:
             self._reap()
             messages = self._channel.receive()
             if messages is None:
+                self._outlive_arbiter()
                 return None
             for message, fds in messages:
                 child = self._obey(message, fds)
                 if child is not None:
                     return child
+
+    def _outlive_arbiter(self) -> None:
+        """Workers drain when the arbiter is gone, all but those that are stuck, and nobody else is left to end them."""
+        for listener in self._listeners:
+            listener.close()
+        deadline = time.monotonic() + self._settings.graceful_timeout + ORPHAN_GRACE
+        poll = select.poll()
+        poll.register(self._wakeup, select.POLLIN)
+        self._reap()
+        while self._children and (left := deadline - time.monotonic()) > 0:
+            poll.poll(1000 * left)
+            self._drain_wakeup()
+            self._reap()
+        for pid in self._children:
+            os.kill(pid, signal.SIGKILL)
 
     def _drain_wakeup(self) -> None:
         try:

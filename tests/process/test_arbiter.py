@@ -375,6 +375,29 @@ def test_without_the_arbiter_silent_connections_are_closed_politely(tmp_path: Pa
         assert "cut" not in server.log
 
 
+STUCK = """
+plain = app
+async def app(scope, receive, send):
+    if scope["type"] == "http" and scope["path"] == "/stuck":
+        say("stuck")
+        time.sleep(600)
+    await plain(scope, receive, send)
+"""
+
+
+def test_without_the_arbiter_a_stuck_worker_is_killed(tmp_path: Path) -> None:
+    """It cannot notice; and in the end the port is free in spite of it."""
+    with serving(tmp_path, "asgi", "--graceful-timeout", "0.5", extra=STUCK) as server:
+        children = server.children()
+        with RawClient(server.port) as client:
+            client.send(request_bytes("GET", "/stuck"))
+            server.wait_line("^stuck")
+            server.signal(signal.SIGKILL)
+            assert server.wait_exit() == -signal.SIGKILL
+            wait_for(lambda: not any(alive(pid) for pid in children), 10, "every process to go")
+        assert refused(server.port)
+
+
 def test_without_the_arbiter_the_backlog_is_served(tmp_path: Path) -> None:
     """Nobody else would."""
 
