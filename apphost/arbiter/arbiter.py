@@ -16,6 +16,7 @@ from typing import Any
 from apphost.arbiter import canary, reports
 from apphost.arbiter import vocabulary as v
 from apphost.arbiter.fleet import Fleet, next_deadline, step
+from apphost.arbiter.forkservers import REST_READS, ForkServers
 from apphost.arbiter.hub import Hub
 from apphost.arbiter.processes import (
     Failure,
@@ -26,9 +27,9 @@ from apphost.arbiter.processes import (
     make_dump_file,
     read_last_words,
     reap,
-    start_fork_server,
 )
 from apphost.arbiter.reports import Report, fleet_config, who
+from apphost.arbiter.services import Happening, Service, What
 from apphost.arbiter.upgrade import Upgrade
 from apphost.errors import ExitCode
 from apphost.lifecycle import State
@@ -38,7 +39,6 @@ from apphost.settings import Settings, restart_needed
 from apphost.sources import Loaded, Source
 
 LOST_GRACE = 1.0  # s between the end of a worker's channel and the report of its exit, when all is well
-REST_READS = 17  # of a dead process's channel: a read takes 64 KiB at most, and a message may have 1 MiB
 END_GRACE = 1.0  # s that fork servers get to end after the last worker
 
 _SIGNALS: dict[signal.Signals, v.Event] = {
@@ -53,7 +53,7 @@ _SIGNALS: dict[signal.Signals, v.Event] = {
 
 
 class Arbiter:
-    """One arbiter. `on_ready` is called when a worker has become ready, with its handle (for `apphost check`)."""
+    """One arbiter. What is in `services` when it runs is told of everything that happens."""
 
     def __init__(
         self,
@@ -61,7 +61,6 @@ class Arbiter:
         source: Source,
         listeners: list[socket.socket],
         log: Log,
-        on_ready: Callable[[WorkerProcess], None] | None = None,
     ) -> None:
         self.upgrade: Upgrade | None = None  # None: it cannot replace its program
         self.settings = loaded.settings
@@ -71,9 +70,8 @@ class Arbiter:
         self.hub = Hub(log)
         self.fleet = Fleet(fleet_config(loaded.settings))
         self.workers: dict[int, WorkerProcess] = {}
-        self.fork_servers: dict[int, ForkServer] = {}
-        self.leaving: list[ForkServer] = []  # their channels have ended, their exits are not known yet
-        self._on_ready = on_ready
+        self.fork_servers = ForkServers(self.hub, source, listeners, self._hear_of_worker)
+        self.services: list[Service] = []
         self._events: deque[v.Event] = deque()
         self._asked_at: dict[int, float] = {}  # generation to the moment its first worker was asked for
         self._exit: ExitCode | None = None
@@ -97,9 +95,8 @@ class Arbiter:
             self._reap()
             self._notice_lost_workers()
             self._feed(v.Tick())
-            self._retire_fork_servers()
-            if self.upgrade is not None:
-                self.upgrade.expire(time.monotonic())
+            self.fork_servers.retire(self.fleet.generations)
+            self._expire()
         self._end()
         return self._exit
 
@@ -108,9 +105,27 @@ class Arbiter:
         due = next_deadline(self.fleet)
         if due is not None:
             deadlines.append(due)
-        if self.upgrade is not None and self.upgrade.deadline is not None:
-            deadlines.append(self.upgrade.deadline)
+        deadlines += [service.deadline for service in self.services if service.deadline is not None]
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for service in self.services:
+            if service.deadline is not None and service.deadline <= now:
+                service.expire(now)
+
+    def ask(self, event: v.Event, by: str) -> None:
+        """An order for the fleet. `by`: who gave it, for the log, as in `SIGTERM` or `apphost stop`."""
+        self.log.info(f"{by} received")
+        if not self.fleet.stopping and isinstance(event, (v.ReloadAsked, v.StopAsked)):
+            self.tell(What.RELOAD_ASKED if isinstance(event, v.ReloadAsked) else What.STOP_ASKED, text=by)
+        self._feed(event)
+
+    def tell(self, what: What, **about: Any) -> None:
+        """Have every service know that this has happened."""
+        happening = Happening(what=what, **about)
+        for service in self.services:
+            service.notice(happening)
 
     def _feed(self, event: v.Event) -> None:
         """Tell the fleet, and do what it says. What happens while it is done comes after it."""
@@ -131,8 +146,7 @@ class Arbiter:
         for number in self.hub.signals():
             event = _SIGNALS.get(number)
             if event is not None:
-                self.log.info(f"{number.name} received")
-                self._feed(event)
+                self.ask(event, number.name)
             elif number == signal.SIGUSR2 and self.upgrade is not None and not self.fleet.stopping:
                 self.log.info("SIGUSR2 received: the new program is tried")
                 self.upgrade.begin()
@@ -141,7 +155,7 @@ class Arbiter:
         for pid, status in reap():
             if self.upgrade is not None and self.upgrade.tried(pid, status):
                 continue
-            server = next((s for s in (*self.fork_servers.values(), *self.leaving) if s.pid == pid), None)
+            server = self.fork_servers.by_pid(pid)
             if server is not None:
                 self._fork_server_ended(server, status)
                 continue
@@ -155,7 +169,7 @@ class Arbiter:
         for worker in list(self.workers.values()):
             if worker.lost_at is None or now < worker.lost_at + LOST_GRACE:
                 continue
-            if worker.generation not in self.fork_servers and not self._subreaper:
+            if self.fork_servers.get(worker.generation) is None and not self._subreaper:
                 self._worker_ended(worker, None)
             else:
                 worker.lost_at = None
@@ -163,53 +177,8 @@ class Arbiter:
                 worker.expected = True
                 self._feed(v.WorkerLeaves(worker.wid))
 
-    # -- fork servers
-
-    def _fork_server(self, generation: int) -> ForkServer:
-        server = self.fork_servers.get(generation)
-        if server is None:
-            server = start_fork_server(generation, self.source, self.listeners)
-            self.fork_servers[generation] = server
-            self.listen_to_fork_server(server)
-            self.log.debug(f"fork server of generation {generation} started, pid {server.pid}")
-        return server
-
-    def listen_to_fork_server(self, server: ForkServer) -> None:
-        self.hub.listen(
-            server.channel, lambda message: self._hear_fork_server(server, message), lambda: self._lose(server)
-        )
-
-    def _hear_fork_server(self, server: ForkServer, message: Message) -> None:
-        kind = message["t"]
-        worker = self.workers.get(message.get("wid", 0))
-        if kind == "settings":
-            server.settings = Settings.from_wire(message["settings"])
-        elif kind == "failed":
-            server.failure = Failure.told(message)
-        elif kind == "forked" and worker is not None:
-            worker.pid = int(message["pid"])
-            self.log.info(f"{worker.name} booting, pid {worker.pid}", **who(worker))
-            if worker.expected:  # it was told to go before it was there
-                kill(worker.pid, signal.SIGKILL)
-        elif kind == "exited" and worker is not None:
-            self._worker_ended(worker, int(message["status"]))
-
-    def _lose(self, server: ForkServer) -> None:
-        """Its channel has ended, so it gets no more orders; its exit is reaped in a moment."""
-        if self.fork_servers.get(server.generation) is server:
-            del self.fork_servers[server.generation]
-        self.hub.forget(server.channel)
-        self.leaving.append(server)
-
     def _fork_server_ended(self, server: ForkServer, status: int) -> None:
-        if server in self.leaving:
-            self.leaving.remove(server)
-        else:
-            self.hub.read_rest(server.channel, lambda message: self._hear_fork_server(server, message), REST_READS)
-            self._lose(server)
-            self.leaving.remove(server)
-        last_words = read_last_words(server.dump)
-        os.close(server.dump)
+        last_words = self.fork_servers.ended(server)
         how = reports.describe_exit(status)
         unborn = [w for w in self.workers.values() if w.generation == server.generation and not w.pid]
         if server.failure is None and server.generation in self.fleet.generations:
@@ -220,11 +189,21 @@ class Arbiter:
             worker.failure.detail = worker.failure.detail or last_words
             self._worker_ended(worker, None)
 
-    def _retire_fork_servers(self) -> None:
-        for generation in self.fork_servers.keys() - self.fleet.generations:
-            self._lose(self.fork_servers[generation])
-
     # -- workers
+
+    def _hear_of_worker(self, message: Message) -> None:
+        """What a fork server tells."""
+        worker = self.workers.get(message.get("wid", 0))
+        if worker is None:
+            return
+        if message["t"] == "forked":
+            worker.pid = int(message["pid"])
+            self.log.info(f"{worker.name} booting, pid {worker.pid}", **who(worker))
+            self.tell(What.BOOTING, worker=worker)
+            if worker.expected:  # it was told to go before it was there
+                kill(worker.pid, signal.SIGKILL)
+        elif message["t"] == "exited":
+            self._worker_ended(worker, int(message["status"]))
 
     def _hear_worker(self, worker: WorkerProcess, message: Message) -> None:
         kind = message["t"]
@@ -245,7 +224,10 @@ class Arbiter:
         elif kind == "leaving":
             self.log.info(f"{worker.name} draining: it received {message['why']}", **who(worker))
             worker.expected = True
+            self.tell(What.DRAINING, worker=worker, text=str(message["why"]))
             self._feed(v.WorkerLeaves(worker.wid))
+        elif kind == "answer":
+            self.tell(What.ANSWER, worker=worker, message=message)
 
     def _worker_ready(self, worker: WorkerProcess, message: Message) -> None:
         known = self.fleet.workers.get(worker.wid)
@@ -255,13 +237,11 @@ class Arbiter:
         worker.names = {name: str(message.get(name, "?")) for name in ("interface", "parser", "loop")}
         what = ", ".join(worker.names.values())
         self.log.info(f"{worker.name} ready in {message['seconds']:.2f} s ({what})", **who(worker), **worker.names)
-        server = self.fork_servers.get(worker.generation)
-        settings = server.settings if server is not None and server.settings is not None else self.settings
+        settings = self.fork_servers.settings(worker.generation) or self.settings
         self._feed(v.WorkerReady(worker.wid, fleet_config(settings)))
         self._adopt_settings(settings, worker.generation)
         self._introduce(worker)
-        if self._on_ready is not None:
-            self._on_ready(worker)
+        self.tell(What.READY, worker=worker)
 
     def _adopt_settings(self, new: Settings, generation: int) -> None:
         """A generation works, so its settings are the ones that count from now on."""
@@ -306,7 +286,9 @@ class Arbiter:
         elif worker.generation > self.fleet.good and not worker.expected:
             how = f"its canary ended early ({reports.describe_exit(status)})"
             self._failures.setdefault(worker.generation, worker.failure or Failure(how, "", ExitCode.APPLICATION))
-        self._say(reports.end_of_worker(worker, status, last_words, age), **figures)
+        report = reports.end_of_worker(worker, status, last_words, age)
+        self._say(report, **figures)
+        self.tell(What.GONE, worker=worker, status=status, text=report.message, detail=report.detail)
         self._feed(v.WorkerGone(worker.wid))
 
     def _hear_last(self, worker: WorkerProcess, message: Message) -> None:
@@ -326,7 +308,7 @@ class Arbiter:
 
     def _start_worker(self, action: v.Spawn) -> None:
         """Raises `OSError` when the system has no descriptors or processes left."""
-        server = self._fork_server(action.generation)
+        server = self.fork_servers.provide(action.generation)
         ours, theirs = socket.socketpair()
         channel = Channel(ours)
         try:
@@ -351,6 +333,7 @@ class Arbiter:
             return
         if not worker.expected:
             self.log.info(f"{worker.name} draining: {action.reason}", **who(worker), reason=str(action.reason))
+            self.tell(What.DRAINING, worker=worker, text=str(action.reason))
         worker.expected = True
         order = {"t": "drain", "seconds": action.seconds, "reason": str(action.reason)}
         channels: list[socket.socket] = []
@@ -390,8 +373,7 @@ class Arbiter:
         """From now on the workers decide how long connections are accepted, each closing its own copy in the end."""
         for listener in self.listeners:
             listener.close()
-        for server in self.fork_servers.values():
-            self.hub.send(server.channel, {"t": "stop_listening"})
+        self.fork_servers.order({"t": "stop_listening"})
 
     def watch_canary(self, wid: int) -> None:
         """Judge this worker by all of its answers, and by those that the other ones give from now on."""
@@ -409,6 +391,7 @@ class Arbiter:
             generation=action.generation,
             worker=action.wid,
         )
+        self.tell(What.PROBATION, generation=action.generation, worker=self.workers.get(action.wid))
 
     def _dump(self, action: v.Dump) -> None:
         worker = self.workers.get(action.wid)
@@ -446,18 +429,21 @@ class Arbiter:
 
     def _complete(self, action: v.GenerationComplete) -> None:
         seconds = time.monotonic() - self._asked_at.get(action.generation, time.monotonic())
-        server = self.fork_servers.get(action.generation)
-        if server is not None and server.settings is not None:
-            self._adopt_settings(server.settings, action.generation)
+        settings = self.fork_servers.settings(action.generation)
+        if settings is not None:
+            self._adopt_settings(settings, action.generation)
         report = reports.complete(action.generation, self.settings, self.fleet.size, seconds)
         self._say(report, generation=action.generation, workers=self.fleet.size)
+        self.tell(What.COMPLETE, generation=action.generation, text=report.message)
         self._asked_at.clear()
 
     def _given_up(self, action: v.GenerationGivenUp) -> None:
-        report = reports.given_up(action.generation, action.keeping, self._failures.get(action.generation))
+        failure = self._failures.get(action.generation)
+        report = reports.given_up(action.generation, action.keeping, failure)
         # What is said later of this one, by a worker that must be killed, is not the reason of the next.
         self._failures = {number: known for number, known in self._failures.items() if number > action.generation}
         self._say(report, generation=action.generation, keeping=action.keeping)
+        self.tell(What.GIVEN_UP, generation=action.generation, text=report.message, failure=failure)
 
     def _halt(self, action: v.Halt) -> None:
         code = action.code
@@ -469,11 +455,10 @@ class Arbiter:
     def _end(self) -> None:
         """Nothing serves any more: let the fork servers go, and leave no process behind."""
         deadline = time.monotonic() + END_GRACE
-        if self.upgrade is not None:
-            self.upgrade.abandon()
-        for server in list(self.fork_servers.values()):
-            self._lose(server)
-        pids = {server.pid for server in self.leaving}
+        for service in self.services:
+            service.close()
+        self.fork_servers.retire(())
+        pids = set(self.fork_servers.pids())
         while pids and time.monotonic() < deadline:
             pids -= {pid for pid, _ in reap()}
             if pids:

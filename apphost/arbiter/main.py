@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
+import signal
 import socket
 import time
 
 import apphost
 from apphost.arbiter.arbiter import Arbiter
 from apphost.arbiter.pidfile import PidFile
-from apphost.arbiter.processes import WorkerProcess
+from apphost.arbiter.services import Happening, What
 from apphost.arbiter.state import StateError
 from apphost.arbiter.upgrade import Upgrade, open_inherited, open_nothing, read_state, take_over
 from apphost.arbiter.vocabulary import Event, ReloadAsked, Tick
@@ -82,6 +84,7 @@ def _run(
 ) -> int:
     locked = (pidfile.path, pidfile.fileno()) if pidfile is not None else None
     arbiter.upgrade = Upgrade(arbiter, own, locked)
+    arbiter.services.append(arbiter.upgrade)
     code = arbiter.run(first)
     arbiter.log.info(f"stopped, exit {code}")
     return code
@@ -97,26 +100,38 @@ def _clean_up(own: dict[str, tuple[int, int]], pidfile: PidFile | None) -> None:
 def check(loaded: Loaded, source: Source) -> int:
     """Load the application as a worker would, in a process of its own; 0 when it could serve, else what `run` gives."""
     log = Log("error", loaded.settings.log_format)
-    started = time.monotonic()
+    alone = Loaded(dataclasses.replace(loaded.settings, workers=1), loaded.origins)
+    arbiter = Arbiter(alone, source, [], log)
+    arbiter.services.append(_Check(loaded.settings.app))
+    return arbiter.run()
 
-    def ready(worker: WorkerProcess) -> None:
-        names = worker.names
-        seconds = time.monotonic() - started
+
+class _Check:
+    """The service of `apphost check`: it says so when a worker is ready, and that is all."""
+
+    deadline: float | None = None
+
+    def __init__(self, app: str) -> None:
+        self._app = app
+        self._started = time.monotonic()
+
+    def expire(self, now: float) -> None:
+        pass
+
+    def notice(self, happening: Happening) -> None:
+        if happening.what is not What.READY or happening.worker is None:
+            return
+        names = happening.worker.names
+        seconds = time.monotonic() - self._started
         print(
-            f"{loaded.settings.app} can be served: interface {names['interface']}, parser {names['parser']}, "
+            f"{self._app} can be served: interface {names['interface']}, parser {names['parser']}, "
             f"loop {names['loop']}; ready in {seconds:.2f} s",
             flush=True,
         )
-        os.kill(os.getpid(), 15)
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    alone = Loaded(_alone(loaded.settings), loaded.origins)
-    return Arbiter(alone, source, [], log, ready).run()
-
-
-def _alone(settings: Settings) -> Settings:
-    import dataclasses
-
-    return dataclasses.replace(settings, workers=1)
+    def close(self) -> None:
+        pass
 
 
 def _listen(settings: Settings, own: dict[str, tuple[int, int]]) -> list[socket.socket]:

@@ -17,6 +17,7 @@ import time
 from typing import TYPE_CHECKING
 
 from apphost.arbiter.processes import kill, make_dump_file
+from apphost.arbiter.services import Happening
 from apphost.arbiter.state import ArbiterState, OpenChannel, StateError
 from apphost.messages import Channel
 from apphost.settings import RESUME_VARIABLE
@@ -29,7 +30,7 @@ _STATE_MAX = 1 << 26  # bytes: some hundred times the state of 1024 workers
 
 
 class Upgrade:
-    """One upgrade of `arbiter` that is under way: `begin`, then `tried` with the trial's end, or `expired`."""
+    """The service that upgrades `arbiter`: `begin`, then `tried` with the trial's end."""
 
     def __init__(
         self, arbiter: Arbiter, own_sockets: dict[str, tuple[int, int]], pidfile: tuple[str, int] | None
@@ -51,12 +52,14 @@ class Upgrade:
             return
         self.deadline = time.monotonic() + TRIAL_TIMEOUT
 
-    def expire(self, now: float) -> None:
-        if self.deadline is not None and now >= self.deadline:
-            self.deadline = None
-            kill(self._trial, signal.SIGKILL)
+    def expire(self, _now: float) -> None:
+        self.deadline = None
+        kill(self._trial, signal.SIGKILL)
 
-    def abandon(self) -> None:
+    def notice(self, happening: Happening) -> None:
+        pass
+
+    def close(self) -> None:
         """The arbiter ends, and leaves no trial behind."""
         if self._trial:
             kill(self._trial, signal.SIGKILL)
@@ -75,7 +78,7 @@ class Upgrade:
             self._say_failed(f"the new program cannot start (its trial ended with {status})")
             return True
         channels = [worker.channel for worker in arbiter.workers.values()]
-        channels += [server.channel for server in arbiter.fork_servers.values()]
+        channels += [server.channel for server in arbiter.fork_servers.running.values()]
         if any(channel.blocked for channel in channels):
             self._say_failed("a worker does not read its orders")
             return True
@@ -146,8 +149,8 @@ class Upgrade:
             source=arbiter.source.to_wire(),
             listeners=[listener.fileno() for listener in arbiter.listeners],
             workers=list(arbiter.workers.values()),
-            fork_servers=list(arbiter.fork_servers.values()),
-            leaving=arbiter.leaving,
+            fork_servers=list(arbiter.fork_servers.running.values()),
+            leaving=arbiter.fork_servers.leaving,
             own_sockets=self._own_sockets,
             pidfile=self._pidfile,
         )
@@ -188,10 +191,9 @@ def open_nothing(_fd: int, rest: bytes) -> Channel:
 def take_over(arbiter: Arbiter, state: ArbiterState) -> None:
     """Have a new arbiter go on where the program before it stopped: its fleet, processes and channels."""
     arbiter.fleet = state.fleet
-    arbiter.leaving = state.leaving
+    arbiter.fork_servers.leaving = state.leaving
     for server in state.fork_servers:
-        arbiter.fork_servers[server.generation] = server
-        arbiter.listen_to_fork_server(server)
+        arbiter.fork_servers.adopt(server)
     for worker in state.workers:
         arbiter.workers[worker.wid] = worker
         arbiter.listen_to_worker(worker)

@@ -67,7 +67,7 @@ def sabotaged(self, message, fds):
         os.close(os.open("sabotaged", os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return prepare(self, message, fds)
-    print("sabotaged", os.getpid(), flush=True)
+    os.write(1, b"sabotaged %d\\n" % os.getpid())  # in one piece: print writes several, between which others write
     os.kill(os.getpid(), signal.{name})
     prepare(self, message, fds)
 Receiver._prepare = sabotaged

@@ -1,0 +1,92 @@
+"""The fork servers of an arbiter: started when a worker of their generation is wanted, let go when none is left."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Collection, Iterable
+
+from apphost.arbiter.hub import Hub
+from apphost.arbiter.processes import Failure, ForkServer, read_last_words, start_fork_server
+from apphost.messages import Message
+from apphost.settings import Settings
+from apphost.sources import Source
+
+REST_READS = 17  # of a dead process's channel: a read takes 64 KiB at most, and a message may have 1 MiB
+
+
+class ForkServers:
+    """All of them, by generation. `of_worker`: what they tell of workers (`forked`, `exited`)."""
+
+    def __init__(
+        self, hub: Hub, source: Source, listeners: list[socket.socket], of_worker: Callable[[Message], None]
+    ) -> None:
+        self._hub = hub
+        self._source = source
+        self._listeners = listeners
+        self._of_worker = of_worker
+        self.running: dict[int, ForkServer] = {}
+        self.leaving: list[ForkServer] = []  # their channels have ended, their exits are not known yet
+
+    def get(self, generation: int) -> ForkServer | None:
+        return self.running.get(generation)
+
+    def settings(self, generation: int) -> Settings | None:
+        """Those that it has read for its generation, None before."""
+        server = self.running.get(generation)
+        return server.settings if server is not None else None
+
+    def by_pid(self, pid: int) -> ForkServer | None:
+        return next((server for server in (*self.running.values(), *self.leaving) if server.pid == pid), None)
+
+    def provide(self, generation: int) -> ForkServer:
+        """The one of this generation, started if there is none. Raises `OSError`."""
+        server = self.running.get(generation)
+        if server is None:
+            server = start_fork_server(generation, self._source, self._listeners)
+            self.adopt(server)
+            self._hub.log.debug(f"fork server of generation {generation} started, pid {server.pid}")
+        return server
+
+    def adopt(self, server: ForkServer) -> None:
+        self.running[server.generation] = server
+        self._hub.listen(server.channel, lambda message: self._hear(server, message), lambda: self.lose(server))
+
+    def _hear(self, server: ForkServer, message: Message) -> None:
+        kind = message["t"]
+        if kind == "settings":
+            server.settings = Settings.from_wire(message["settings"])
+        elif kind == "failed":
+            server.failure = Failure.told(message)
+        else:
+            self._of_worker(message)
+
+    def lose(self, server: ForkServer) -> None:
+        """Its channel has ended, so it gets no more orders; its exit is reaped in a moment."""
+        if self.running.get(server.generation) is server:
+            del self.running[server.generation]
+        self._hub.forget(server.channel)
+        self.leaving.append(server)
+
+    def ended(self, server: ForkServer) -> str:
+        """Its process is gone: its last words."""
+        if server not in self.leaving:
+            self._hub.read_rest(server.channel, lambda message: self._hear(server, message), REST_READS)
+            self.lose(server)
+        self.leaving.remove(server)
+        last_words = read_last_words(server.dump)
+        os.close(server.dump)
+        return last_words
+
+    def retire(self, wanted: Collection[int]) -> None:
+        """Let those go whose generation is not in `wanted`."""
+        for generation in [each for each in self.running if each not in wanted]:
+            self.lose(self.running[generation])
+
+    def order(self, message: Message) -> None:
+        """Tell all of them."""
+        for server in self.running.values():
+            self._hub.send(server.channel, message)
+
+    def pids(self) -> Iterable[int]:
+        return [server.pid for server in (*self.running.values(), *self.leaving)]

@@ -1,0 +1,53 @@
+"""What runs in the arbiter beside the serving: it is told what happens, and it has its own time.
+
+A service may watch descriptors through the arbiter's hub, give orders through `Arbiter.ask`, and must never block.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Protocol
+
+from apphost.arbiter.processes import Failure, WorkerProcess
+from apphost.messages import Message
+
+
+class What(enum.Enum):
+    """What can happen; the fields of `Happening` that each one fills."""
+
+    BOOTING = "booting"  # worker
+    READY = "ready"  # worker
+    DRAINING = "draining"  # worker, text: why
+    GONE = "gone"  # worker, status, text and detail: as in the log
+    ANSWER = "answer"  # worker, message: what it says when a service has asked it something
+    RELOAD_ASKED = "reload asked"  # text: by whom
+    PROBATION = "probation"  # generation, worker
+    COMPLETE = "complete"  # generation, text
+    GIVEN_UP = "given up"  # generation, text, failure
+    STOP_ASKED = "stop asked"  # text: by whom
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Happening:
+    what: What
+    worker: WorkerProcess | None = None
+    generation: int = 0
+    status: int | None = None
+    text: str = ""
+    detail: str = ""
+    failure: Failure | None = None
+    message: Message | None = None
+
+
+class Service(Protocol):
+    deadline: float | None  # monotonic time at which `expire` is to be called; None: not at all
+
+    def expire(self, now: float) -> None:
+        """`deadline` has come; it must be moved, or cleared."""
+
+    def notice(self, happening: Happening) -> None:
+        """This has happened just now."""
+
+    def close(self) -> None:
+        """The arbiter ends: everything has stopped."""
