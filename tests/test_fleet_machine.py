@@ -573,4 +573,4 @@ def halts_after_a_stop(fleet: Fleet, now: float) -> None:
 
 
 TestFleetInAnAdversarialWorld = World.TestCase
-TestFleetInAnAdversarialWorld.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestFleetInAnAdversarialWorld.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)

@@ -867,7 +867,7 @@ class Wanderings:
 
 
 @settings(
-    max_examples=int(os.environ.get("HANDOVER_EXAMPLES", "12")),
+    max_examples=int(os.environ.get("HANDOVER_EXAMPLES", "8")),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

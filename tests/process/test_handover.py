@@ -159,16 +159,16 @@ def crowd(address: Address, idle: int = 120, unread: int = 40, half: int = 40) -
 
 @each_flavour
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
-def test_two_hundred_silent_connections_survive_five_reloads(
+def test_two_hundred_silent_connections_survive_three_reloads(
     tmp_path: Path, flavour: tuple[str, str, str], kind: str
 ) -> None:
     args = ("--workers", "2", "--request-header-timeout", "120")
     with serving(tmp_path, flavour, *args, kind=kind) as (server, address), crowd(address) as people:
-        for number in range(5):
+        for number in range(3):
             deploy(server, flavour, f"v{number}")
         pids = only(server, 2)
         answers = people.ask()
-        assert {answer.version for answer in answers} == {"v4"}
+        assert {answer.version for answer in answers} == {"v2"}
         # Not necessarily both: one old worker may have had all of them, and it may have been the first to drain.
         assert {answer.pid for answer in answers} <= set(pids)
 
@@ -345,7 +345,7 @@ def test_pipelined_bursts_are_answered_in_order_over_reloads(tmp_path: Path, fla
 @fast_flavours
 def test_recycled_workers_hand_their_clients_on(tmp_path: Path, flavour: tuple[str, str, str]) -> None:
     with serving(tmp_path, flavour, "--workers", "2", "--max-requests", "50") as (_, address):
-        with Load(address, clients=6, pause=0.005) as load:
+        with Load(address, clients=6) as load:
             load.wait(1000, timeout=60)
         report = load.report
         assert report.lost == []
@@ -358,13 +358,13 @@ def test_recycled_workers_hand_their_clients_on(tmp_path: Path, flavour: tuple[s
 def test_a_storm_of_reloads_ends_no_connection(tmp_path: Path, flavour: tuple[str, str, str], workers: int) -> None:
     with serving(tmp_path, flavour, "--workers", str(workers)) as (server, address):
         with Load(address, clients=6) as load, crowd(address, 30, 10, 0) as people:
-            for number in range(40):
+            for number in range(25):
                 write_app(server.cwd, "app", site(flavour[0], f"v{number}"))
                 server.signal(signal.SIGUSR1)
                 load.wait(100)
-            wait_for(lambda: "v39" in load.report.versions, 30)
+            wait_for(lambda: "v24" in load.report.versions, 30)
             only(server, workers)
-            assert {answer.version for answer in people.ask()} == {"v39"}
+            assert {answer.version for answer in people.ask()} == {"v24"}
         report = load.report
         assert report.lost == []
         assert (report.announced, report.connections) == (0, 6)

@@ -166,7 +166,7 @@ def test_workers_are_replaced_one_by_one_behind_ready_ones(tmp_path: Path, inter
 
 @pytest.mark.parametrize(
     ("interface", "flavour", "reloads"),
-    [("asgi", (), 10), ("wsgi", (), 10), ("asgi", PLAIN, 5)],
+    [("asgi", (), 6), ("wsgi", (), 6), ("asgi", PLAIN, 4)],
     ids=["asgi", "wsgi", "asgi-plain"],
 )
 def test_reloads_under_load_lose_no_request(
