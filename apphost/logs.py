@@ -163,6 +163,17 @@ class AccessLog:
         return json.dumps(record) + "\n"
 
 
-def open_access_log(target: str) -> int:
-    """The descriptor for an access log: `-` is standard output, anything else a file to append to. Raises OSError."""
-    return 1 if target == "-" else os.open(target, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+# Names of descriptors that are there already. Opening them anew fails for a pipe of another user, and for a socket.
+_STANDARD = {"-": 1, "/dev/stdout": 1, "/dev/fd/1": 1, "/dev/stderr": 2, "/dev/fd/2": 2}
+
+
+def open_access_log(target: str, directory: str = "", follow: bool = True) -> int:
+    """The descriptor for an access log: `-` is standard output, anything else a file below `directory` to append to.
+
+    A new file is for its owner and group only, since query strings can hold secrets. follow: whether its name may be a
+    symbolic link. Raises OSError.
+    """
+    if target in _STANDARD:
+        return _STANDARD[target]
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    return os.open(os.path.join(directory, target), flags, 0o640)

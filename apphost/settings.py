@@ -15,7 +15,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from apphost.checks import clean_app, clean_bind, clean_on_reload, clean_probe, clean_root_path, usable_cpus
+from apphost.checks import (
+    clean_app,
+    clean_bind,
+    clean_on_reload,
+    clean_owner,
+    clean_probe,
+    clean_root_path,
+    usable_cpus,
+)
 from apphost.values import KINDS, Setting
 
 T = TypeVar("T")
@@ -87,6 +95,12 @@ class Settings:
         low=0, high=0o777, reloadable=False)
     user: str = setting("", _PROCESS, "User of the workers, a name or number.", reloadable=False, metavar="USER")
     group: str = setting("", _PROCESS, "Group of the workers, a name or number.", reloadable=False, metavar="GROUP")
+    unix_socket_mode: int | None = setting(None, _PROCESS,
+        "Permissions of Unix sockets, in octal, such as `660`; connecting needs `w`. Unset: what `umask` leaves.",
+        low=0, high=0o777, reloadable=False)
+    unix_socket_owner: str = setting("", _PROCESS,
+        "Owner of Unix sockets: `USER`, `USER:GROUP` or `:GROUP`. Unset: `user` and `group`, when started as root.",
+        clean=clean_owner, reloadable=False, metavar="OWNER")
     proc_name: str = setting("", _PROCESS,
         "Name in `ps` instead of `apphost`, with `apphost[proctitle]` installed.", reloadable=False, metavar="NAME")
 

@@ -99,7 +99,7 @@ def example(make: Callable[[bytes], Channel], fleet: Fleet | None = None) -> Arb
         workers=[worker, booting],
         fork_servers=servers,
         leaving=[ForkServer(1, 99, gone, 22)],
-        own_sockets={"/run/x": (2049, 123456789012)},
+        own_sockets={"/run/x": (2049, 123456789012, 1_700_000_000_123_456_789)},
         pidfile=("/run/apphost.pid", 5),
     )
 

@@ -29,7 +29,8 @@ _NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGTTIN
 class Assignment:
     """What a worker is told at its fork.
 
-    dump: the descriptor of the file for its last words. app: the application, if the fork server has imported it.
+    dump: the descriptor of the file for its last words. access_log: that of the access log, None without one.
+    app: the application, if the fork server has imported it.
     """
 
     wid: int
@@ -37,6 +38,7 @@ class Assignment:
     settings: Settings
     listeners: list[socket.socket]
     dump: int
+    access_log: int | None = None
     app: Any = None
 
     @property

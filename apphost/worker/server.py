@@ -10,11 +10,10 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from apphost.errors import PrivilegesError
 from apphost.interfaces.lifespan import Lifespan
 from apphost.interfaces.threads import ThreadPool
 from apphost.lifecycle import State, allowed
-from apphost.logs import AccessLog, Log, open_access_log
+from apphost.logs import AccessLog, Log
 from apphost.messages import Channel, Message, ProtocolError
 from apphost.protocols import masking
 from apphost.protocols.base import HeadParser
@@ -107,7 +106,8 @@ class Server:
         """Start the application, tell the arbiter, serve until drained. Raises `ApphostError` when it cannot."""
         self.loop.add_reader(self.channel.fileno(), self._orders)
         self.loop.add_signal_handler(signal.SIGTERM, self._stray_term)
-        self._open_access_log()
+        if self.assignment.access_log is not None:
+            self.context.access_log = AccessLog(self.assignment.access_log, self.settings.log_format, self.loop)
         lifespan = await self._start_application(app, interface)
         self.context.websockets = self._websocket_options()
         if self.settings.ready_probe and self.state is State.BOOTING:
@@ -138,16 +138,6 @@ class Server:
             options["state"] = lifespan.state
         self.context.interface = factory(app, self.loop, self.log, self.context.active, **options)
         return lifespan
-
-    def _open_access_log(self) -> None:
-        target = self.settings.access_log
-        if not target:
-            return
-        try:
-            fd = open_access_log(target)
-        except OSError as exc:
-            raise PrivilegesError(f"cannot open the access log {target}: {exc.strerror}") from None
-        self.context.access_log = AccessLog(fd, self.settings.log_format, self.loop)
 
     def _begin_serving(self) -> None:
         self._move(State.READY)
