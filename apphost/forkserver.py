@@ -26,6 +26,7 @@ from apphost.bytecode import distrust_stale_bytecode
 from apphost.errors import ApphostError, ExitCode, PrivilegesError, SettingsError
 from apphost.logs import open_access_log
 from apphost.messages import DUMP_SIGNAL, PROTOCOL_VERSION, Channel, Message
+from apphost.peers import is_of_parent, take_channels
 from apphost.privileges import Account, become, check_readable, resolve
 from apphost.settings import Settings
 from apphost.sources import Source
@@ -53,7 +54,10 @@ def main(fd: int, dump: int) -> NoReturn:
         os.set_inheritable(inherited, False)  # by us, and not by what an application starts
     faulthandler.enable(file=dump, all_threads=True)
     faulthandler.register(DUMP_SIGNAL, file=dump, all_threads=True, chain=True)
-    channel = Channel(socket.socket(fileno=fd))
+    sock = socket.socket(fileno=fd)
+    if not is_of_parent(sock):
+        _end_at_once(ExitCode.INTERNAL)  # the arbiter is gone, or it is none of ours
+    channel = Channel(sock)
     try:
         child = ForkServer(channel).run()
     except ApphostError as exc:
@@ -188,19 +192,22 @@ class ForkServer:
 
     def _spawn(self, wid: int, fds: list[int]) -> tuple[Assignment, Channel] | None:
         channel_fd, dump_fd = fds
+        channels = take_channels([channel_fd], self._channel.sock)
+        if channels is None:
+            raise ApphostError("an order came with a channel that the arbiter has not made")
         # Until a child has handlers of its own no signal may reach it: ours would be silently swallowed.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         pid = os.fork()
         if pid == 0:
-            return self._become_worker(wid, channel_fd, dump_fd)
+            return self._become_worker(wid, channels[0], dump_fd)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         self._children[pid] = wid
-        os.close(channel_fd)
+        channels[0].close()
         os.close(dump_fd)
         self._channel.send({"t": "forked", "wid": wid, "pid": pid})
         return None
 
-    def _become_worker(self, wid: int, channel_fd: int, dump_fd: int) -> tuple[Assignment, Channel]:
+    def _become_worker(self, wid: int, channel: socket.socket, dump_fd: int) -> tuple[Assignment, Channel]:
         from apphost.worker.main import Assignment
 
         signal.set_wakeup_fd(-1)
@@ -209,7 +216,7 @@ class ForkServer:
         assignment = Assignment(
             wid, self._generation, self._settings, self._listeners, dump_fd, self._access_log, self._app
         )
-        return assignment, Channel(socket.socket(fileno=channel_fd))
+        return assignment, Channel(channel)
 
 
 def _enter(directory: str) -> None:

@@ -192,6 +192,8 @@ class Settings:
     log_level: str = setting("info", _LOGS,
         "Least level that is logged.", choices=("debug", "info", "warning", "error"))
     log_format: str = setting("text", _LOGS, "Lines for people or for machines.", choices=("text", "json"))
+    log_query: bool = setting(True, _LOGS,
+        "Write query strings of requests into the logs; without, `?...` stands in their place.")
     # fmt: on
 
     def to_wire(self) -> dict[str, Any]:

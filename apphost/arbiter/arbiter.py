@@ -187,10 +187,10 @@ class Arbiter:
         elif kind == "failed":
             server.failure = Failure.told(message)
         elif kind == "forked" and worker is not None:
-            worker.pid = int(message["pid"])
+            worker.pid, worker.parent = message["pid"], server.pid
             self.log.info(f"{worker.name} booting, pid {worker.pid}", **who(worker))
             if worker.expected:  # it was told to go before it was there
-                kill(worker.pid, signal.SIGKILL)
+                worker.signal(signal.SIGKILL)
         elif kind == "exited" and worker is not None:
             self._worker_ended(worker, int(message["status"]))
 
@@ -440,7 +440,7 @@ class Arbiter:
         """Signal a worker; one that is not forked yet waits for its fork server, so that is what hangs."""
         server = self.fork_servers.get(worker.generation)
         if worker.pid:
-            kill(worker.pid, number)
+            worker.signal(number)
         elif server is not None and server.settings is None:
             kill(server.pid, number)
 

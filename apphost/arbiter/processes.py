@@ -30,7 +30,10 @@ class Failure:
     @classmethod
     def told(cls, message: Message) -> Failure:
         """As a fork server or a worker has told it in `failed`."""
-        return cls(str(message["message"]), str(message["detail"]), int(message.get("code", ExitCode.APPLICATION)))
+        code = message.get("code")
+        if code is None or code == ExitCode.OK or code not in list(ExitCode):
+            code = ExitCode.APPLICATION
+        return cls(message["message"], message["detail"], int(code))
 
 
 @dataclass(slots=True)
@@ -50,7 +53,8 @@ class WorkerProcess:
     channel: Channel
     dump: int  # descriptor of the file for its last words
     born: float
-    pid: int = 0  # 0: not forked yet
+    pid: int = 0  # 0: not forked yet; as its fork server says
+    parent: int = 0  # the pid of its fork server
     ready_at: float | None = None
     names: dict[str, str] = field(default_factory=dict)  # interface, parser, loop
     requests: int = 0
@@ -65,6 +69,16 @@ class WorkerProcess:
     @property
     def name(self) -> str:
         return f"worker {self.wid} gen {self.generation}"
+
+    def signal(self, number: int) -> None:
+        """Send it a signal, if the process with its pid is a child of its fork server, or by now of ours.
+
+        The pid is what the fork server says, which may be of another user and preload the application: no word of it
+        makes us signal a stranger, nor does a pid that was given out again.
+        """
+        if os.path.exists("/proc/self/stat") and _parent(self.pid) not in (self.parent, os.getpid()):
+            return
+        kill(self.pid, number)
 
 
 def start_fork_server(generation: int, source: Source, listeners: list[socket.socket]) -> ForkServer:
@@ -151,3 +165,12 @@ def kill(pid: int, number: int) -> None:
             os.kill(pid, number)
         except ProcessLookupError:
             pass
+
+
+def _parent(pid: int) -> int:
+    """The parent of a process, 0 when there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0

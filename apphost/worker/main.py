@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from apphost.errors import ApphostError, ExitCode, user_traceback
-from apphost.logs import Log
+from apphost.logs import Log, hide_queries
 from apphost.messages import DUMP_SIGNAL, Channel
 from apphost.settings import Settings
 from apphost.worker.loading import choose_loop, choose_parser, detect_interface, load_application, modern_asgi
@@ -50,6 +50,7 @@ def run(assignment: Assignment, channel: Channel) -> int:
     """Boot, serve, drain. Returns the exit code; what went wrong has been told to the arbiter."""
     settings = assignment.settings
     log = Log(settings.log_level, settings.log_format)
+    hide_queries(not settings.log_query)
     server: list[Server] = []
     _prepare_signals()
     _prepare_dump(assignment.dump, server)

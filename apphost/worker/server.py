@@ -15,6 +15,7 @@ from apphost.interfaces.threads import ThreadPool
 from apphost.lifecycle import State, allowed
 from apphost.logs import AccessLog, Log
 from apphost.messages import Channel, Message, ProtocolError
+from apphost.peers import take_channels
 from apphost.protocols import masking
 from apphost.protocols.base import HeadParser
 from apphost.protocols.context import Context, Timeouts
@@ -229,7 +230,10 @@ class Server:
             self.drain(self.settings.graceful_timeout, "the arbiter is gone")
             return
         for message, fds in messages:
-            self._obey(message, [socket.socket(fileno=fd) for fd in fds])
+            sockets = take_channels(fds, self.channel.sock)
+            if sockets is None:
+                self.log.error(f"{self.assignment.name}: an order came with a channel that the arbiter has not made")
+            self._obey(message, sockets or [])
 
     def _obey(self, message: Message, sockets: list[socket.socket]) -> None:
         if message["t"] == "drain":
