@@ -28,7 +28,7 @@ from apphost.logs import open_access_log
 from apphost.messages import DUMP_SIGNAL, PROTOCOL_VERSION, Channel, Message
 from apphost.peers import is_of_parent, take_channels
 from apphost.privileges import Account, become, check_readable, resolve
-from apphost.settings import Settings
+from apphost.settings import Settings, keep_fixed, restart_needed
 from apphost.sources import Source
 
 if TYPE_CHECKING:
@@ -172,7 +172,10 @@ class ForkServer:
             )
         source = Source.from_wire(message["source"])
         self._generation = int(message["generation"])
-        self._settings = settings = source.load(os.environ).settings
+        loaded = source.load(os.environ).settings
+        # A file that has lost its `user` by now must not make root of the workers: that is fixed at the start.
+        running = Settings.from_wire(message["running"]) if "running" in message else loaded
+        self._settings = settings = keep_fixed(running, loaded)
         self._listeners = [socket.socket(fileno=fd) for fd in message["listeners"]]
         for listener in self._listeners:
             listener.set_inheritable(False)
@@ -188,7 +191,8 @@ class ForkServer:
         sys.path[:0] = [os.path.join(directory, path) for path in (*settings.pythonpath, "")]
         distrust_stale_bytecode()
         self._app = _prepare_workers(settings)
-        self._channel.send({"t": "settings", "settings": settings.to_wire()})
+        ignored = restart_needed(running, loaded)
+        self._channel.send({"t": "settings", "settings": settings.to_wire(), "ignored": ignored})
 
     def _spawn(self, wid: int, fds: list[int]) -> tuple[Assignment, Channel] | None:
         channel_fd, dump_fd = fds

@@ -227,6 +227,11 @@ def restart_needed(old: Settings, new: Settings) -> tuple[str, ...]:
     )
 
 
+def keep_fixed(running: Settings, new: Settings) -> Settings:
+    """`new`, with what a reload cannot change as it is in `running`."""
+    return dataclasses.replace(new, **{name: getattr(running, name) for name in restart_needed(running, new)})
+
+
 BEGIN, END = "<!-- settings:begin -->", "<!-- settings:end -->"
 
 

@@ -33,7 +33,7 @@ HONEST: list[Message] = [
     {"t": "replace", "why": "max_requests"},
     {"t": "leaving", "why": "TERM"},
     {"t": "settings", "settings": Settings(app="a:b", umask=0o22, unix_socket_mode=0o660).to_wire()},
-    {"t": "settings", "settings": {}},
+    {"t": "settings", "settings": {}, "ignored": ["user"]},
     {"t": "forked", "wid": 1, "pid": 4711},
     {"t": "exited", "wid": 1, "status": -9},
     {"t": "of a later version", "whatever": [1, 2]},

@@ -166,6 +166,8 @@ def test_what_a_reload_cannot_change() -> None:
     new = dataclasses.replace(old, backlog=100, workers=3, user="www")
     assert module.restart_needed(old, new) == ("backlog", "user")
     assert module.restart_needed(old, old) == ()
+    assert module.keep_fixed(old, new) == dataclasses.replace(old, workers=3)
+    assert module.keep_fixed(new, old) == dataclasses.replace(new, workers=1)
 
 
 # Meanings

@@ -89,7 +89,10 @@ def example(make: Callable[[bytes], Channel], fleet: Fleet | None = None) -> Arb
     )
     worker.names = {"interface": "asgi", "parser": "h11", "loop": "uvloop"}
     booting = WorkerProcess(8, 3, make(b""), 12, 14.0, failure=failure, expected=True, killed=True, lost_at=15.0)
-    servers = [ForkServer(2, 100, make(b""), 20, settings), ForkServer(3, 101, make(b"\xff\n"), 21, None, failure)]
+    servers = [
+        ForkServer(2, 100, make(b""), 20, settings, ignored=["user"]),
+        ForkServer(3, 101, make(b"\xff\n"), 21, None, failure),
+    ]
     gone = make(b"")
     gone.close()
     source = {"cli": {"bind": ["127.0.0.1:0"], "preload": True}, "config": None, "cwd": "/srv/current"}

@@ -34,7 +34,7 @@ from apphost.errors import ExitCode
 from apphost.lifecycle import State
 from apphost.logs import Log
 from apphost.messages import DUMP_SIGNAL, MAX_FDS, Channel, Message
-from apphost.settings import Settings, restart_needed
+from apphost.settings import Settings
 from apphost.sources import Loaded, Source
 
 LOST_GRACE = 1.0  # s between the end of a worker's channel and the report of its exit, when all is well
@@ -168,7 +168,7 @@ class Arbiter:
     def _fork_server(self, generation: int) -> ForkServer:
         server = self.fork_servers.get(generation)
         if server is None:
-            server = start_fork_server(generation, self.source, self.listeners)
+            server = start_fork_server(generation, self.source, self.listeners, self.settings)
             self.fork_servers[generation] = server
             self.listen_to_fork_server(server)
             self.log.debug(f"fork server of generation {generation} started, pid {server.pid}")
@@ -183,7 +183,7 @@ class Arbiter:
         kind = message["t"]
         worker = self.workers.get(message.get("wid", 0))
         if kind == "settings":
-            server.settings = Settings.from_wire(message["settings"])
+            server.settings, server.ignored = Settings.from_wire(message["settings"]), message.get("ignored", [])
         elif kind == "failed":
             server.failure = Failure.told(message)
         elif kind == "forked" and worker is not None:
@@ -267,9 +267,6 @@ class Arbiter:
         """A generation works, so its settings are the ones that count from now on."""
         if new == self.settings or self.fleet.good != generation:
             return
-        fixed = restart_needed(self.settings, new)
-        if fixed:
-            self.log.warning(f"settings that need a restart have changed and stay as they were: {', '.join(fixed)}")
         self.settings = new
         self.log = self.hub.log = Log(new.log_level, new.log_format)
 
@@ -449,6 +446,9 @@ class Arbiter:
         server = self.fork_servers.get(action.generation)
         if server is not None and server.settings is not None:
             self._adopt_settings(server.settings, action.generation)
+            if server.ignored:
+                named = ", ".join(server.ignored)
+                self.log.warning(f"settings that need a restart have changed and stay as they were: {named}")
         report = reports.complete(action.generation, self.settings, self.fleet.size, seconds)
         self._say(report, generation=action.generation, workers=self.fleet.size)
         self._asked_at.clear()

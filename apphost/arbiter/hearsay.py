@@ -38,6 +38,10 @@ def _settings(value: Any) -> bool:
     return isinstance(value, dict) and all(this.fits(value[name]) for name, this in SETTINGS.items() if name in value)
 
 
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
 _NEEDED: Mapping[str, Mapping[str, Check]] = {
     "beat": {"requests": _count, "connections": _count, "active": _count},
     "ready": {"seconds": _seconds},
@@ -48,7 +52,7 @@ _NEEDED: Mapping[str, Mapping[str, Check]] = {
     "forked": {"wid": _count, "pid": _count},
     "exited": {"wid": _count, "status": _status},
 }
-_OPTIONAL: Mapping[str, Check] = {"errors": _count, "code": _status, "wid": _count}
+_OPTIONAL: Mapping[str, Check] = {"errors": _count, "code": _status, "wid": _count, "ignored": _names}
 
 
 def examine(message: Message) -> None:

@@ -44,6 +44,7 @@ class ForkServer:
     dump: int  # descriptor of the file for its last words
     settings: Settings | None = None  # once it has read them, and imported what it preloads
     failure: Failure | None = None
+    ignored: list[str] = field(default_factory=list)  # settings that have changed and need a restart
 
 
 @dataclass(slots=True)
@@ -81,8 +82,11 @@ class WorkerProcess:
         kill(self.pid, number)
 
 
-def start_fork_server(generation: int, source: Source, listeners: list[socket.socket]) -> ForkServer:
-    """Start a fresh interpreter as the fork server of `generation` and send it its configuration."""
+def start_fork_server(generation: int, source: Source, listeners: list[socket.socket], running: Settings) -> ForkServer:
+    """Start a fresh interpreter as the fork server of `generation` and send it its configuration.
+
+    It reads the settings anew, but for those that need a restart: they stay as they are in `running`.
+    """
     ours, theirs = socket.socketpair()
     dump = make_dump_file()
     fds = [listener.fileno() for listener in listeners]
@@ -97,7 +101,7 @@ def start_fork_server(generation: int, source: Source, listeners: list[socket.so
     theirs.close()
     channel = Channel(ours)
     config = {"protocol": PROTOCOL_VERSION, "generation": generation, "source": source.to_wire(), "listeners": fds}
-    channel.send({"t": "config", **config})
+    channel.send({"t": "config", **config, "running": running.to_wire()})
     return ForkServer(generation, pid, channel, dump)
 
 

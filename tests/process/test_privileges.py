@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from apphost.errors import ExitCode
-from tests.process.test_upgrade import upgrade
+from tests.process.test_upgrade import program, upgrade
 from tests.support import OWN_CODE, RawClient, Server, wait_for, write_app
 
 pytestmark = [
@@ -33,7 +33,7 @@ Serve = Callable[..., Server]
 USER = "nobody"
 # It tells who runs it, at its import and for each request, and tries to become root again.
 APP = """
-import json, os
+import ctypes, json, os
 
 def state():
     ways = {}
@@ -46,6 +46,7 @@ def state():
     return {
         "uids": os.getresuid(), "gids": os.getresgid(), "groups": sorted(os.getgroups()), "regained": ways,
         "umask": open("/proc/self/status").read().partition("Umask:")[2].split()[0],
+        "dumpable": ctypes.CDLL(None).prctl(3, 0, 0, 0, 0),
         "capabilities": open("/proc/self/status").read().partition("CapEff:")[2].split()[0],
         "environ": {name: os.environ.get(name) for name in ("HOME", "USER", "LOGNAME", "KEPT", "PWD")},
     }
@@ -138,6 +139,7 @@ def check_dropped(found: dict[str, Any]) -> None:
         assert state["groups"] == sorted(os.getgrouplist(USER, account.pw_gid))
         assert state["regained"] == {}
         assert int(state["capabilities"], 16) == 0
+        assert state["dumpable"] != 1, "no core file that the user may read, nobody of the same user attaches"
         assert state["environ"]["HOME"] == account.pw_dir
         assert state["environ"]["USER"] == state["environ"]["LOGNAME"] == USER
         assert state["environ"]["KEPT"] == "as it was"
@@ -185,6 +187,21 @@ def test_a_port_below_1024_through_reload_upgrade_and_crash(serve: Serve, site: 
     # Root's file, written to by workers of all generations; the killed one may not have come to it.
     assert log.read_text().count('"GET / HTTP/1.1" 200') in (3, 4)
     assert (log.stat().st_uid, stat.S_IMODE(log.stat().st_mode)) == (0, 0o640)
+
+
+def test_a_reload_makes_nobody_root(serve: Serve, site: Path) -> None:
+    """A settings file that has lost its `user` is read for what a reload can change; that is told, and nothing else."""
+    file = site / "apphost.toml"
+    file.write_text(f'user = "{USER}"\nthreads = 2\n')
+    with serve("who:app", env=ROOTS) as server:
+        file.write_text('umask = "000"\nthreads = 3\n')
+        for _ in range(2):
+            mark = server.mark()
+            server.reload()
+            server.wait_line(
+                "settings that need a restart have changed and stay as they were: umask, user$", after=mark
+            )
+            check_dropped(ask(server.port))
 
 
 def test_what_a_worker_holds_of_roots(serve: Serve, site: Path) -> None:
@@ -237,6 +254,16 @@ def test_a_folder_that_the_user_may_not_enter(serve: Serve, site: Path, command:
     with serve(*args, until=None) as server:
         assert server.wait_exit() == ExitCode.USAGE
     assert f"cannot change to the directory {closed}: Permission denied" in server.log
+
+
+def test_an_apphost_that_the_user_cannot_read(serve: Serve, site: Path) -> None:
+    """Installed below the home of root, say: told in a sentence, and not by an import that fails somewhere."""
+    closed = site / "closed"
+    closed.mkdir(mode=0o700)
+    program(closed, "1.0")
+    with serve("who:app", "--user", USER, until=None, env={"PYTHONPATH": str(closed)}) as server:
+        assert server.wait_exit() == ExitCode.PRIVILEGES
+    assert f"user {USER} cannot read {closed}/apphost/worker/main.py: install apphost and the application" in server.log
 
 
 def test_root_without_the_capability_to_change(serve: Serve, site: Path) -> None:
