@@ -36,6 +36,13 @@ def clean_bind(addresses: tuple[str, ...]) -> tuple[str, ...]:
     return addresses
 
 
+def clean_owner(owner: str) -> str:
+    from apphost.privileges import parse_owner
+
+    parse_owner(owner)
+    return owner
+
+
 def clean_root_path(path: str) -> str:
     if path and not path.startswith("/"):
         raise ValueError("expected a path that starts with '/'")

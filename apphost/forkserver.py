@@ -12,11 +12,10 @@ one waits for them, kills those that do not end in time, and goes.
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import gc
-import grp
 import os
-import pwd
 import select
 import signal
 import socket
@@ -27,8 +26,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from apphost.bytecode import distrust_stale_bytecode
 from apphost.errors import ApphostError, ExitCode, PrivilegesError, SettingsError
+from apphost.logs import open_access_log
 from apphost.messages import DUMP_SIGNAL, PROTOCOL_VERSION, Channel, Message
-from apphost.settings import Settings
+from apphost.peers import is_of_parent, take_channels
+from apphost.privileges import Account, become, check_readable, resolve
+from apphost.settings import Settings, keep_fixed, restart_needed
 from apphost.sources import Source
 
 if TYPE_CHECKING:
@@ -57,7 +59,10 @@ def main(fd: int, dump: int) -> NoReturn:
         os.set_inheritable(inherited, False)  # by us, and not by what an application starts
     faulthandler.enable(file=dump, all_threads=True)
     faulthandler.register(DUMP_SIGNAL, file=dump, all_threads=True, chain=True)
-    channel = Channel(socket.socket(fileno=fd))
+    sock = socket.socket(fileno=fd)
+    if not is_of_parent(sock):
+        _end_at_once(ExitCode.INTERNAL)  # the arbiter is gone, or it is none of ours
+    channel = Channel(sock)
     try:
         child = ForkServer(channel).run()
     except ApphostError as exc:
@@ -108,6 +113,7 @@ class ForkServer:
         self._generation = 0
         self._settings = Settings()
         self._listeners: list[socket.socket] = []
+        self._access_log: int | None = None
         self._app: Any = None  # preloaded
 
     @staticmethod
@@ -187,52 +193,84 @@ class ForkServer:
             )
         source = Source.from_wire(message["source"])
         self._generation = int(message["generation"])
-        self._settings = settings = source.load(os.environ).settings
+        loaded = source.load(os.environ).settings
+        # A file that has lost its `user` by now must not make root of the workers: that is fixed at the start.
+        running = Settings.from_wire(message["running"]) if "running" in message else loaded
+        self._settings = settings = keep_fixed(running, loaded)
         self._listeners = [socket.socket(fileno=fd) for fd in message["listeners"]]
         for listener in self._listeners:
             listener.set_inheritable(False)
-        directory = _enter(settings.chdir, source.cwd)
         if settings.umask is not None:
             os.umask(settings.umask)
-        drop_privileges(settings.user, settings.group)
+        directory = os.path.join(source.cwd, settings.chdir) if settings.chdir else source.cwd
+        account = resolve(settings.user, settings.group)
+        # The last things that are done as root: what follows is the application's, or may run code of it.
+        self._access_log = _open_access_log(settings.access_log, directory, account)
+        if account is not None:
+            _drop_privileges(account)
+        _enter(directory)
         sys.path[:0] = [os.path.join(directory, path) for path in (*settings.pythonpath, "")]
         distrust_stale_bytecode()
         self._app = _prepare_workers(settings)
-        self._channel.send({"t": "settings", "settings": settings.to_wire()})
+        ignored = restart_needed(running, loaded)
+        self._channel.send({"t": "settings", "settings": settings.to_wire(), "ignored": ignored})
 
     def _spawn(self, wid: int, fds: list[int]) -> tuple[Assignment, Channel] | None:
         channel_fd, dump_fd = fds
+        channels = take_channels([channel_fd], self._channel.sock)
+        if channels is None:
+            raise ApphostError("an order came with a channel that the arbiter has not made")
         # Until a child has handlers of its own no signal may reach it: ours would be silently swallowed.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         pid = os.fork()
         if pid == 0:
-            return self._become_worker(wid, channel_fd, dump_fd)
+            return self._become_worker(wid, channels[0], dump_fd)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         self._children[pid] = wid
-        os.close(channel_fd)
+        channels[0].close()
         os.close(dump_fd)
         self._channel.send({"t": "forked", "wid": wid, "pid": pid})
         return None
 
-    def _become_worker(self, wid: int, channel_fd: int, dump_fd: int) -> tuple[Assignment, Channel]:
+    def _become_worker(self, wid: int, channel: socket.socket, dump_fd: int) -> tuple[Assignment, Channel]:
         from apphost.worker.main import Assignment
 
         signal.set_wakeup_fd(-1)
         os.close(self._wakeup)
         self._channel.close()
-        assignment = Assignment(wid, self._generation, self._settings, self._listeners, dump_fd, self._app)
-        return assignment, Channel(socket.socket(fileno=channel_fd))
+        assignment = Assignment(
+            wid, self._generation, self._settings, self._listeners, dump_fd, self._access_log, self._app
+        )
+        return assignment, Channel(channel)
 
 
-def _enter(chdir: str, cwd: str) -> str:
-    """Change to the directory of the application; its name, with symlinks as the user wrote them."""
-    directory = os.path.join(cwd, chdir) if chdir else cwd
+def _enter(directory: str) -> None:
+    """Change to the directory of the application, named with symlinks as the user wrote them."""
     try:
         os.chdir(directory)
     except OSError as exc:
         raise SettingsError(f"cannot change to the directory {directory}: {exc.strerror}") from None
     os.environ["PWD"] = directory
-    return directory
+
+
+def _open_access_log(target: str, directory: str, account: Account | None) -> int | None:
+    """Open it once for all workers of the generation, while this process still may. Raises `PrivilegesError`."""
+    if not target:
+        return None
+    as_root = account is not None and account.uid != 0 and os.geteuid() == 0
+    try:
+        return open_access_log(target, directory, follow=not as_root)
+    except OSError as exc:
+        why = exc.strerror
+        if as_root and exc.errno in (errno.ELOOP, errno.EMLINK):  # the latter on BSDs
+            why = "it is a symbolic link, and root follows none where the workers have another user"
+        raise PrivilegesError(f"cannot open the access log {target}: {why}") from None
+
+
+def _drop_privileges(account: Account) -> None:
+    become(account)
+    # What is imported from here on is read by that user.
+    check_readable(os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker", "main.py"), account)
 
 
 def _prepare_workers(settings: Settings) -> Any:
@@ -257,40 +295,3 @@ def _set_title(name: str) -> None:
         except ModuleNotFoundError:
             return
         setproctitle(f"{name}: worker")
-
-
-def drop_privileges(user: str, group: str) -> None:
-    """Become `user` and `group` (names or numbers, empty: stay), with the supplementary groups of the user.
-
-    Raises `PrivilegesError`.
-    """
-    if not user and not group:
-        return
-    try:
-        account = _account(user) if user else None
-        gid = _gid(group) if group else account.pw_gid if account else os.getgid()
-        if os.geteuid() == 0:
-            name = account.pw_name if account else pwd.getpwuid(os.getuid()).pw_name
-            os.initgroups(name, gid)
-        if gid != os.getgid() or gid != os.getegid():
-            os.setgid(gid)
-        if account is not None and (account.pw_uid != os.getuid() or account.pw_uid != os.geteuid()):
-            os.setuid(account.pw_uid)
-    except PermissionError:
-        raise PrivilegesError(
-            f"cannot become user {user or 'unchanged'}, group {group or 'unchanged'}: only root may change them"
-        ) from None
-
-
-def _account(user: str) -> pwd.struct_passwd:
-    try:
-        return pwd.getpwuid(int(user)) if user.isdigit() else pwd.getpwnam(user)
-    except KeyError:
-        raise PrivilegesError(f"there is no user {user!r}") from None
-
-
-def _gid(group: str) -> int:
-    try:
-        return int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
-    except KeyError:
-        raise PrivilegesError(f"there is no group {group!r}") from None

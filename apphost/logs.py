@@ -29,6 +29,34 @@ def escape(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def _with_query(target: bytes) -> str:
+    return target.decode("latin-1")
+
+
+def _without_query(target: bytes) -> str:
+    path, question, _ = target.partition(b"?")
+    return path.decode("latin-1") + ("?..." if question else "")
+
+
+_show_target = _with_query
+
+
+def hide_queries(hide: bool) -> None:
+    """Whether this process leaves query strings out of all that it logs. Decided once, when a worker starts."""
+    global _show_target
+    _show_target = _without_query if hide else _with_query
+
+
+def show_target(target: bytes) -> str:
+    """The target of a request as the server's own log has it."""
+    return escape(_show_target(target))
+
+
+def _json(record: dict[str, Any]) -> str:
+    """One line. JSON may hold DEL as it is, which to a terminal is a control as well."""
+    return json.dumps(record, default=str).replace("\x7f", "\\u007f") + "\n"
+
+
 def format_text(when: float, level: str, pid: int, message: str, detail: str, _fields: dict[str, Any]) -> str:
     """`2026-11-22 09:00:00.123 +0000 [4711] info worker 1 gen 1 ready in 0.41 s`, the detail below it, indented."""
     local = time.localtime(when)
@@ -43,7 +71,7 @@ def format_json(when: float, level: str, pid: int, message: str, detail: str, fi
     record = {"time": stamp, "level": level, "pid": pid, "message": message}
     if detail:
         record["detail"] = detail
-    return json.dumps({**record, **fields}, default=str) + "\n"
+    return _json({**record, **fields})
 
 
 FORMATS: dict[str, Callable[[float, str, int, str, str, dict[str, Any]], str]] = {
@@ -97,6 +125,7 @@ class AccessLog:
 
     def __init__(self, fd: int, style: str, loop: asyncio.AbstractEventLoop) -> None:
         self._fd = fd
+        self._show = _show_target
         self._line = self._json_line if style == "json" else self._text_line
         self._loop = loop
         self._lines: list[str] = []
@@ -107,7 +136,7 @@ class AccessLog:
     def write(self, exchange: Exchange, cut: bool = False) -> None:
         """Note a finished exchange; `cut`: its response is incomplete."""
         head = exchange.head
-        target = head.target.decode("ascii")
+        target = self._show(head.target)
         client = exchange.client[0] if exchange.client else "-"
         duration = time.perf_counter() - exchange.started_at
         status = exchange.status or 499  # nginx's code for a client that left before it got an answer
@@ -160,9 +189,20 @@ class AccessLog:
             "duration": round(duration, 6),
             "cut": cut,
         }
-        return json.dumps(record) + "\n"
+        return _json(record)
 
 
-def open_access_log(target: str) -> int:
-    """The descriptor for an access log: `-` is standard output, anything else a file to append to. Raises OSError."""
-    return 1 if target == "-" else os.open(target, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+# Names of descriptors that are there already. Opening them anew fails for a pipe of another user, and for a socket.
+_STANDARD = {"-": 1, "/dev/stdout": 1, "/dev/fd/1": 1, "/dev/stderr": 2, "/dev/fd/2": 2}
+
+
+def open_access_log(target: str, directory: str = "", follow: bool = True) -> int:
+    """The descriptor for an access log: `-` is standard output, anything else a file below `directory` to append to.
+
+    A new file is for its owner and group only, since query strings can hold secrets. follow: whether its name may be a
+    symbolic link. Raises OSError.
+    """
+    if target in _STANDARD:
+        return _STANDARD[target]
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    return os.open(os.path.join(directory, target), flags, 0o640)

@@ -15,7 +15,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from apphost.checks import clean_app, clean_bind, clean_on_reload, clean_probe, clean_root_path, usable_cpus
+from apphost.checks import (
+    clean_app,
+    clean_bind,
+    clean_on_reload,
+    clean_owner,
+    clean_probe,
+    clean_root_path,
+    usable_cpus,
+)
 from apphost.values import KINDS, Setting
 
 T = TypeVar("T")
@@ -87,6 +95,12 @@ class Settings:
         low=0, high=0o777, reloadable=False)
     user: str = setting("", _PROCESS, "User of the workers, a name or number.", reloadable=False, metavar="USER")
     group: str = setting("", _PROCESS, "Group of the workers, a name or number.", reloadable=False, metavar="GROUP")
+    unix_socket_mode: int | None = setting(None, _PROCESS,
+        "Permissions of Unix sockets, in octal, such as `660`; connecting needs `w`. Unset: what `umask` leaves.",
+        low=0, high=0o777, reloadable=False)
+    unix_socket_owner: str = setting("", _PROCESS,
+        "Owner of Unix sockets: `USER`, `USER:GROUP` or `:GROUP`. Unset: `user` and `group`, when started as root.",
+        clean=clean_owner, reloadable=False, metavar="OWNER")
     proc_name: str = setting("", _PROCESS,
         "Name in `ps` instead of `apphost`, with `apphost[proctitle]` installed.", reloadable=False, metavar="NAME")
 
@@ -178,6 +192,8 @@ class Settings:
     log_level: str = setting("info", _LOGS,
         "Least level that is logged.", choices=("debug", "info", "warning", "error"))
     log_format: str = setting("text", _LOGS, "Lines for people or for machines.", choices=("text", "json"))
+    log_query: bool = setting(True, _LOGS,
+        "Write query strings of requests into the logs; without, `?...` stands in their place.")
     # fmt: on
 
     def to_wire(self) -> dict[str, Any]:
@@ -209,6 +225,11 @@ def restart_needed(old: Settings, new: Settings) -> tuple[str, ...]:
     return tuple(
         name for name, this in SETTINGS.items() if not this.reloadable and getattr(old, name) != getattr(new, name)
     )
+
+
+def keep_fixed(running: Settings, new: Settings) -> Settings:
+    """`new`, with what a reload cannot change as it is in `running`."""
+    return dataclasses.replace(new, **{name: getattr(running, name) for name in restart_needed(running, new)})
 
 
 BEGIN, END = "<!-- settings:begin -->", "<!-- settings:end -->"

@@ -1,18 +1,30 @@
-"""Addresses to listen at, and the listeners. The arbiter opens them once; workers inherit them."""
+"""Addresses to listen at, and the listeners. The arbiter opens them once; workers inherit them.
+
+A Unix socket is a file, with a few things to keep in mind:
+- nobody can connect before `listen`, so what is set between that and `bind`, its mode and owner, is there in time;
+- between them it also looks like the socket of a server that is gone, so whoever starts holds a lock on the folder;
+- its inode number is free for others once the last descriptor is closed, so it alone does not tell whose a socket is.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 import re
 import socket
 import stat
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from apphost.errors import AddressError
+from apphost.errors import AddressError, PrivilegesError
 
 _TCP = re.compile(r"(?:\[(?P<v6>[^\[\]]+)\]|(?P<host>[^:\[\]/]*)):(?P<port>[0-9]{1,5})", re.ASCII)
 _PROBE_TIMEOUT = 1.0  # s to find out whether somebody answers on a Unix socket that is in the way
+# s for another starter to be done, which takes it no longer than its probe; who holds the lock longer is none
+_LOCK_TIMEOUT = 2.0
 _UNIX_PATH_MAX = 107  # bytes: sockaddr_un.sun_path on Linux, less its NUL (macOS: 103; the kernel says so there)
 
 
@@ -25,6 +37,19 @@ class Address:
     port: int = 0
     path: str = ""
     fd: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may connect to a Unix socket. mode: None leaves it to the umask. uid, gid: -1 leaves them as they are."""
+
+    mode: int | None = None
+    uid: int = -1
+    gid: int = -1
+
+
+# What tells a file from others that have or had its name: device, inode number, time of the last change in ns.
+Identity = tuple[int, int, int]
 
 
 def parse_bind(text: str) -> Address:
@@ -53,20 +78,25 @@ def _parse_unix(text: str) -> Address:
     path = text[5:].removeprefix("//") if text.startswith("unix://") else text[5:]
     if not path or "\0" in path:
         raise ValueError("expected unix:PATH with the path of the socket")
+    if path.startswith("@"):
+        raise ValueError(
+            "an abstract socket (unix:@NAME) has no permissions, so every process of the machine could connect: "
+            "give a path; for a file of that name, unix:./@NAME"
+        )
     if len(os.fsencode(path)) > _UNIX_PATH_MAX:
         raise ValueError(f"the path of a Unix socket has at most {_UNIX_PATH_MAX} bytes")
     return Address(text, path=path)
 
 
-def open_listeners(address: Address, backlog: int) -> list[socket.socket]:
+def open_listeners(address: Address, backlog: int, access: Access = Access()) -> list[socket.socket]:
     """Listening, non-blocking, close-on-exec sockets for `address`; a host name can stand for several.
 
-    Raises `AddressError` with a paragraph that says what is in the way.
+    `access` is for Unix sockets that are made. Raises `AddressError` with a paragraph that says what is in the way.
     """
     if address.fd >= 0:
         return [_adopt(address)]
     if address.path:
-        return [_listen_unix(address, backlog)]
+        return [_listen_unix(address, backlog, access)]
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as exc:
@@ -127,17 +157,75 @@ def _adopt(address: Address) -> socket.socket:
     return sock
 
 
-def _listen_unix(address: Address, backlog: int) -> socket.socket:
-    _make_room(address)
+def _listen_unix(address: Address, backlog: int, access: Access) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        sock.bind(address.path)
-        sock.listen(backlog)
+        with _folder_lock(os.path.dirname(address.path) or "."):
+            _make_room(address)
+            _bind_unix(sock, address.path, access.mode)
+            _give(address, access)
+            sock.listen(backlog)
         sock.setblocking(False)
     except OSError as exc:
         sock.close()
         raise AddressError(f"cannot listen at {address.text}: {_why(exc, address)}") from None
+    except BaseException:
+        sock.close()
+        raise
     return sock
+
+
+def _bind_unix(sock: socket.socket, path: str, mode: int | None) -> None:
+    """Bind with the mode: the kernel makes the file with all permissions less the umask (Linux, BSD)."""
+    if mode is None:
+        sock.bind(path)
+        return
+    before = os.umask(0o777 & ~mode)
+    try:
+        sock.bind(path)
+    finally:
+        os.umask(before)
+
+
+def _give(address: Address, access: Access) -> None:
+    if access.uid < 0 and access.gid < 0:
+        return
+    try:
+        os.chown(address.path, access.uid, access.gid, follow_symlinks=False)
+    except OSError as exc:
+        os.unlink(address.path)
+        raise PrivilegesError(
+            f"cannot give the socket {address.path} to user {access.uid}, group {access.gid} (-1: as it is): "
+            f"{exc.strerror}. Without root a file can only be given to a group that one is in"
+        ) from None
+
+
+@contextlib.contextmanager
+def _folder_lock(folder: str) -> Iterator[None]:
+    """Wait for another starter that makes room in the same folder; where it cannot be locked, do without."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        yield  # bind says what is wrong, or nothing is
+        return
+    try:
+        deadline = time.monotonic() + _LOCK_TIMEOUT
+        while not _try_lock(fd) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _try_lock(fd: int) -> bool:
+    """Whether there is nothing to wait for: it is locked, or the file system has no locks."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _make_room(address: Address) -> None:
@@ -152,8 +240,11 @@ def _make_room(address: Address) -> None:
         probe.settimeout(_PROBE_TIMEOUT)
         try:
             probe.connect(address.path)
+        except FileNotFoundError:
+            return  # its owner has removed it just now
         except ConnectionRefusedError:
-            os.unlink(address.path)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(address.path)
             return
         except OSError as exc:
             raise AddressError(
@@ -171,11 +262,20 @@ def describe(sock: socket.socket) -> str:
     return f"http://{host}:{name[1]}"
 
 
-def unlink_own(path: str, inode: tuple[int, int]) -> None:
-    """Remove the Unix socket at `path` if it still is the one with this (device, inode)."""
-    try:
-        info = os.lstat(path)
-        if (info.st_dev, info.st_ino) == inode:
-            os.unlink(path)
-    except OSError:
-        pass
+def identify(path: str) -> Identity:
+    """Of the file at `path`, a symbolic link not being followed. Raises OSError."""
+    info = os.lstat(path)
+    return info.st_dev, info.st_ino, info.st_ctime_ns
+
+
+def unlink_own(path: str, own: Identity) -> None:
+    """Remove the Unix socket at `path` if it still is the one that `own` identifies.
+
+    One whose mode or owner was changed by hand stays: the next start finds nobody behind it, and replaces it.
+    """
+    with _folder_lock(os.path.dirname(path) or "."):
+        try:
+            if identify(path) == own:
+                os.unlink(path)
+        except OSError:
+            pass

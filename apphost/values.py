@@ -169,6 +169,20 @@ class Setting:
     def _in_range(self, value: float) -> bool:
         return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)  # false for nan
 
+    def fits(self, value: object) -> bool:
+        """Whether `value`, from another process, could be one: the type and the bounds, not what `clean` knows."""
+        default = self.default
+        if value is None:
+            return default is None
+        if self.is_list:
+            return isinstance(value, list) and all(isinstance(item, str) for item in value)
+        kind = int if default is None else type(default)
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            return False
+        if self.choices and not self.plugins and value not in self.choices:
+            return False
+        return not isinstance(value, (int, float)) or self._in_range(value)
+
     def expected(self) -> str:
         """What a value must be, for an error: `a whole number from 1 to 1024, or auto`."""
         if self.choices:

@@ -22,7 +22,8 @@ from apphost.sources import parse_file, resolve
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDES = {
-    path.name: path for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+    path.name: path
+    for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 }
 ALL = [
     path
@@ -110,6 +111,28 @@ def test_signals() -> None:
     assert table.keys() == expected.keys()
     for signal, effect in table.items():
         assert effect.startswith(expected[signal]), signal
+
+
+def test_every_promise_is_tested() -> None:
+    """In files that exist, have tests, and are not all the same."""
+    table = rows(between((ROOT / "SECURITY.md").read_text(encoding="utf-8"), "promises"))
+    assert len(table) > 10
+    named = set()
+    for promise, tests in table:
+        files = re.findall(r"`(tests/[^`]+)`", tests)
+        assert files, promise
+        assert tests == ", ".join(f"`{file}`" for file in files)
+        for file in files:
+            assert re.search(r"^def test_", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), file
+        named |= set(files)
+    assert len(named) > 10
+
+
+def test_settings_named_in_the_security_policy() -> None:
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)(?: = [^`]*)?`", text)) - {"no_new_privs"}
+    assert names
+    assert names <= set(SETTINGS)
 
 
 # Options, variables, settings

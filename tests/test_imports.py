@@ -69,7 +69,8 @@ def part(name: str) -> str:
 
 # What the files of a part may import of the other parts; a part that is not named here may import anything.
 _SHARED = {
-    "checks", "messages", "lifecycle", "settings", "sources", "values", "cpu", "errors", "logs", "sockets", "bytecode"
+    "checks", "messages", "lifecycle", "settings", "sources", "values", "cpu", "errors", "logs", "sockets", "bytecode",
+    "privileges", "peers",
 }  # fmt: skip
 ALLOWED = {
     "arbiter": _SHARED | {"forkserver"},
@@ -83,7 +84,9 @@ ALLOWED = {
     "logs": set(),
     "values": {"errors"},
     "sockets": {"errors"},
-    "settings": {"checks", "errors", "values", "cpu", "sockets"},
+    "privileges": {"errors"},
+    "peers": set(),
+    "settings": {"checks", "errors", "values", "cpu", "sockets", "privileges"},
     "sources": {"settings", "errors", "values"},
 }
 

@@ -169,7 +169,8 @@ BAD_NAMES = [
     b"(a)",
     b"a\r\nb: c",
 ]
-BAD_VALUES = [b"\r", b"\n", b"\0", b"a\r\nb: c", b"a\nb: c", b"a\rb", b"\r\n", b"\r\n\r\n", b"a\0", b"a\r\n"]
+BAD_VALUES = [b"\r", b"\n", b"\0", b"a\r\nb: c", b"a\nb: c", b"a\rb", b"\r\n", b"\r\n\r\n", b"a\0", b"a\r\n",
+              *(bytes([code]) for code in (*range(9), *range(11, 32), 127))]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import socket
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apphost.errors import AddressError
-from apphost.sockets import Address, describe, open_listeners, parse_bind, unlink_own
+from apphost import sockets
+from apphost.errors import AddressError, PrivilegesError
+from apphost.sockets import Access, Address, describe, identify, open_listeners, parse_bind, unlink_own
 
 
 @pytest.mark.parametrize(
@@ -28,6 +33,7 @@ from apphost.sockets import Address, describe, open_listeners, parse_bind, unlin
         ("unix:///run/app.sock", {"path": "/run/app.sock"}),
         ("unix:app.sock", {"path": "app.sock"}),
         ("unix:a:80", {"path": "a:80"}),
+        ("unix:./@app", {"path": "./@app"}),
         ("unix:" + "p" * 107, {"path": "p" * 107}),
         ("fd://3", {"fd": 3}),
     ],
@@ -57,6 +63,8 @@ def test_parse(text: str, expected: dict[str, str | int]) -> None:
         ("unix:", "expected unix:PATH"),
         ("unix://", "expected unix:PATH"),
         ("unix:a\0b", "expected unix:PATH"),
+        ("unix:@app", "an abstract socket .* has no permissions"),
+        ("unix://@app", "an abstract socket"),
         ("unix:" + "p" * 108, "at most 107 bytes"),
         ("unix:" + "\u20ac" * 36, "at most 107 bytes"),
         ("fd://", "expected fd://N"),
@@ -151,12 +159,120 @@ def test_unix_and_unlink_own(tmp_path: Path) -> None:
     with sock:
         assert describe(sock) == f"unix:{path}"
         assert stat.S_ISSOCK(path.stat().st_mode)
-        info = path.stat()
-        unlink_own(str(path), (info.st_dev, info.st_ino + 1))
-        assert path.exists()  # somebody else's by now
-        unlink_own(str(path), (info.st_dev, info.st_ino))
+        own = identify(str(path))
+        for other in ((own[0], own[1] + 1, own[2]), (own[0], own[1], own[2] - 1)):
+            unlink_own(str(path), other)
+            assert path.exists()  # somebody else's by now
+        unlink_own(str(path), own)
         assert not path.exists()
-        unlink_own(str(path), (info.st_dev, info.st_ino))
+        unlink_own(str(path), own)
+
+
+def test_unlink_own_leaves_the_successors_with_the_same_inode_number(tmp_path: Path) -> None:
+    """Some file systems give out at once again the number of a file that is gone."""
+    path = tmp_path / "app.sock"
+    (first,) = open_listeners(parse_bind(f"unix:{path}"), 5)
+    own = identify(str(path))
+    first.close()
+    (second,) = open_listeners(parse_bind(f"unix:{path}"), 5)  # finds the first one dead
+    with second:
+        unlink_own(str(path), own)
+        assert path.exists()
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o660, 0o666, 0o777, 0o000])
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_unix_mode(tmp_path: Path, mode: int, umask: int) -> None:
+    """The one that was asked for, whatever the umask; that of the process is left as it was."""
+    path = tmp_path / "app.sock"
+    before = os.umask(umask)
+    try:
+        (sock,) = open_listeners(parse_bind(f"unix:{path}"), 5, Access(mode))
+        sock.close()
+    finally:
+        assert os.umask(before) == umask
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_unix_mode_by_umask(tmp_path: Path) -> None:
+    path = tmp_path / "app.sock"
+    before = os.umask(0o027)
+    try:
+        open_listeners(parse_bind(f"unix:{path}"), 5)[0].close()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o750
+
+
+def test_unix_mode_and_owner_are_there_before_anybody_can_connect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No moment in which a client gets in that may not: a socket that does not listen refuses everybody."""
+    path = tmp_path / "app.sock"
+    seen: list[object] = []
+    real_bind, real_chown = sockets._bind_unix, os.chown
+
+    def look(step: str) -> None:
+        with socket.socket(socket.AF_UNIX) as client:
+            seen.append((step, stat.S_IMODE(path.stat().st_mode), client.connect_ex(str(path))))
+
+    def bind(*args: Any) -> None:
+        real_bind(*args)
+        look("bound")
+
+    def chown(*args: Any, **options: Any) -> None:
+        real_chown(*args, **options)
+        look("given")
+
+    monkeypatch.setattr(sockets, "_bind_unix", bind)
+    monkeypatch.setattr(os, "chown", chown)
+    access = Access(0o660, os.getuid(), os.getgid())
+    with open_listeners(parse_bind(f"unix:{path}"), 5, access)[0], socket.socket(socket.AF_UNIX) as client:
+        assert client.connect_ex(str(path)) == 0
+    assert seen == [(step, 0o660, errno.ECONNREFUSED) for step in ("bound", "given")]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may give files away")
+def test_unix_owner_that_cannot_be(tmp_path: Path) -> None:
+    path = tmp_path / "app.sock"
+    with pytest.raises(PrivilegesError, match=r"cannot give the socket .* to user 0, group -1"):
+        open_listeners(parse_bind(f"unix:{path}"), 5, Access(uid=0))
+    assert not path.exists()
+
+
+def test_of_many_starters_one_listens(tmp_path: Path) -> None:
+    """All find the same dead socket: one takes its place, the others find that one, and nobody removes it."""
+    path = tmp_path / "app.sock"
+    for _ in range(20):
+        address = parse_bind(f"unix:{path}")
+        open_listeners(address, 5)[0].close()
+        with ThreadPoolExecutor(4) as pool:
+            outcomes = list(pool.map(lambda _, address=address: attempt(address), range(4)))
+        listeners = [each for each in outcomes if isinstance(each, socket.socket)]
+        assert len(listeners) == 1, outcomes
+        assert all(
+            "another process is listening there already" in str(each) for each in outcomes if each != listeners[0]
+        )
+        with listeners[0], socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+
+
+def attempt(address: Address) -> socket.socket | AddressError:
+    try:
+        return open_listeners(address, 5)[0]
+    except AddressError as exc:
+        return exc
+
+
+def test_a_folder_that_somebody_keeps_locked_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever may read a folder can lock it: another starter is waited for, a nuisance is not."""
+    monkeypatch.setattr(sockets, "_LOCK_TIMEOUT", 0.05)
+    fd = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    try:
+        open_listeners(parse_bind(f"unix:{tmp_path}/app.sock"), 5)[0].close()
+    finally:
+        os.close(fd)
 
 
 def test_unix_stale(tmp_path: Path) -> None:

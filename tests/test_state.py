@@ -84,10 +84,15 @@ def example(make: Callable[[bytes], Channel], fleet: Fleet | None = None) -> Arb
     """Something of everything."""
     failure = Failure("it raised RuntimeError", 'Traceback\n  "quoted" \u2014 \n', ExitCode.APPLICATION)
     settings = Settings(app="app:app", bind=("127.0.0.1:0", "unix:/run/x"), umask=0o22, keep_alive=1.5, workers=2)
-    worker = WorkerProcess(7, 2, make(b'{"t":"be'), 11, 12.25, pid=4711, ready_at=13.5, requests=9, errors=1)
+    worker = WorkerProcess(
+        7, 2, make(b'{"t":"be'), 11, 12.25, pid=4711, parent=100, ready_at=13.5, requests=9, errors=1
+    )
     worker.names = {"interface": "asgi", "parser": "h11", "loop": "uvloop"}
     booting = WorkerProcess(8, 3, make(b""), 12, 14.0, failure=failure, expected=True, killed=True, lost_at=15.0)
-    servers = [ForkServer(2, 100, make(b""), 20, settings), ForkServer(3, 101, make(b"\xff\n"), 21, None, failure)]
+    servers = [
+        ForkServer(2, 100, make(b""), 20, settings, ignored=["user"]),
+        ForkServer(3, 101, make(b"\xff\n"), 21, None, failure),
+    ]
     gone = make(b"")
     gone.close()
     source = {"cli": {"bind": ["127.0.0.1:0"], "preload": True}, "config": None, "cwd": "/srv/current"}
@@ -99,7 +104,7 @@ def example(make: Callable[[bytes], Channel], fleet: Fleet | None = None) -> Arb
         workers=[worker, booting],
         fork_servers=servers,
         leaving=[ForkServer(1, 99, gone, 22)],
-        own_sockets={"/run/x": (2049, 123456789012)},
+        own_sockets={"/run/x": (2049, 123456789012, 1_700_000_000_123_456_789)},
         pidfile=("/run/apphost.pid", 5),
     )
 

@@ -35,7 +35,7 @@ from apphost.errors import ExitCode
 from apphost.lifecycle import State
 from apphost.logs import Log
 from apphost.messages import DUMP_SIGNAL, MAX_FDS, Channel, Message
-from apphost.settings import Settings, restart_needed
+from apphost.settings import Settings
 from apphost.sources import Loaded, Source
 
 LOST_GRACE = 1.0  # s between the end of a worker's channel and the report of its exit, when all is well
@@ -191,17 +191,17 @@ class Arbiter:
 
     # -- workers
 
-    def _hear_of_worker(self, message: Message) -> None:
+    def _hear_of_worker(self, server: ForkServer, message: Message) -> None:
         """What a fork server tells."""
         worker = self.workers.get(message.get("wid", 0))
         if worker is None:
             return
         if message["t"] == "forked":
-            worker.pid = int(message["pid"])
+            worker.pid, worker.parent = message["pid"], server.pid
             self.log.info(f"{worker.name} booting, pid {worker.pid}", **who(worker))
             self.tell(What.BOOTING, worker=worker)
             if worker.expected:  # it was told to go before it was there
-                kill(worker.pid, signal.SIGKILL)
+                worker.signal(signal.SIGKILL)
         elif message["t"] == "exited":
             self._worker_ended(worker, int(message["status"]))
 
@@ -247,9 +247,6 @@ class Arbiter:
         """A generation works, so its settings are the ones that count from now on."""
         if new == self.settings or self.fleet.good != generation:
             return
-        fixed = restart_needed(self.settings, new)
-        if fixed:
-            self.log.warning(f"settings that need a restart have changed and stay as they were: {', '.join(fixed)}")
         self.settings = new
         self.log = self.hub.log = Log(new.log_level, new.log_format)
 
@@ -308,7 +305,7 @@ class Arbiter:
 
     def _start_worker(self, action: v.Spawn) -> None:
         """Raises `OSError` when the system has no descriptors or processes left."""
-        server = self.fork_servers.provide(action.generation)
+        server = self.fork_servers.provide(action.generation, self.settings)
         ours, theirs = socket.socketpair()
         channel = Channel(ours)
         try:
@@ -423,15 +420,18 @@ class Arbiter:
         """Signal a worker; one that is not forked yet waits for its fork server, so that is what hangs."""
         server = self.fork_servers.get(worker.generation)
         if worker.pid:
-            kill(worker.pid, number)
+            worker.signal(number)
         elif server is not None and server.settings is None:
             kill(server.pid, number)
 
     def _complete(self, action: v.GenerationComplete) -> None:
         seconds = time.monotonic() - self._asked_at.get(action.generation, time.monotonic())
-        settings = self.fork_servers.settings(action.generation)
-        if settings is not None:
-            self._adopt_settings(settings, action.generation)
+        server = self.fork_servers.get(action.generation)
+        if server is not None and server.settings is not None:
+            self._adopt_settings(server.settings, action.generation)
+            if server.ignored:
+                named = ", ".join(server.ignored)
+                self.log.warning(f"settings that need a restart have changed and stay as they were: {named}")
         report = reports.complete(action.generation, self.settings, self.fleet.size, seconds)
         self._say(report, generation=action.generation, workers=self.fleet.size)
         self.tell(What.COMPLETE, generation=action.generation, text=report.message)

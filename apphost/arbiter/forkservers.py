@@ -19,7 +19,7 @@ class ForkServers:
     """All of them, by generation. `of_worker`: what they tell of workers (`forked`, `exited`)."""
 
     def __init__(
-        self, hub: Hub, source: Source, listeners: list[socket.socket], of_worker: Callable[[Message], None]
+        self, hub: Hub, source: Source, listeners: list[socket.socket], of_worker: Callable[[ForkServer, Message], None]
     ) -> None:
         self._hub = hub
         self._source = source
@@ -39,11 +39,11 @@ class ForkServers:
     def by_pid(self, pid: int) -> ForkServer | None:
         return next((server for server in (*self.running.values(), *self.leaving) if server.pid == pid), None)
 
-    def provide(self, generation: int) -> ForkServer:
-        """The one of this generation, started if there is none. Raises `OSError`."""
+    def provide(self, generation: int, settings: Settings) -> ForkServer:
+        """The one of this generation, started if there is none. `settings`: those of the arbiter. Raises `OSError`."""
         server = self.running.get(generation)
         if server is None:
-            server = start_fork_server(generation, self._source, self._listeners)
+            server = start_fork_server(generation, self._source, self._listeners, settings)
             self.adopt(server)
             self._hub.log.debug(f"fork server of generation {generation} started, pid {server.pid}")
         return server
@@ -55,11 +55,11 @@ class ForkServers:
     def _hear(self, server: ForkServer, message: Message) -> None:
         kind = message["t"]
         if kind == "settings":
-            server.settings = Settings.from_wire(message["settings"])
+            server.settings, server.ignored = Settings.from_wire(message["settings"]), message.get("ignored", [])
         elif kind == "failed":
             server.failure = Failure.told(message)
         else:
-            self._of_worker(message)
+            self._of_worker(server, message)
 
     def lose(self, server: ForkServer) -> None:
         """Its channel has ended, so it gets no more orders; its exit is reaped in a moment."""

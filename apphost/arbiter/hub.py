@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from types import FrameType
 
+from apphost.arbiter.hearsay import examine
 from apphost.logs import Log
 from apphost.messages import Channel, Message, ProtocolError
 
@@ -75,14 +76,17 @@ class Hub:
     def _read(self, channel: Channel, handle: Callable[[Message], None]) -> bool:
         try:
             messages = channel.receive()
+            for _, fds in messages or ():
+                for fd in fds:
+                    os.close(fd)
+            for message, _ in messages or ():
+                examine(message)
         except ProtocolError as exc:
             self.log.error(f"a channel is closed: {exc}")
             return False
         if messages is None:
             return False
-        for message, fds in messages:
-            for fd in fds:
-                os.close(fd)
+        for message, _ in messages:
             handle(message)
         return True
 

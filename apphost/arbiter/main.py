@@ -18,8 +18,9 @@ from apphost.arbiter.upgrade import Upgrade, open_inherited, open_nothing, read_
 from apphost.arbiter.vocabulary import Event, ReloadAsked, Tick
 from apphost.errors import ExitCode
 from apphost.logs import Log
+from apphost.privileges import find_group, find_user, parse_owner, resolve
 from apphost.settings import Settings
-from apphost.sockets import describe, open_listeners, parse_bind, unlink_own
+from apphost.sockets import Access, Identity, describe, identify, open_listeners, parse_bind, unlink_own
 from apphost.sources import Loaded, Source
 
 
@@ -29,11 +30,12 @@ def run(loaded: Loaded, source: Source) -> int:
     log = Log(settings.log_level, settings.log_format)
     if settings.umask is not None:
         os.umask(settings.umask)
+    access = _access(settings)
     _set_title(settings.proc_name)
     pidfile = PidFile(settings.pidfile) if settings.pidfile else None
-    own: dict[str, tuple[int, int]] = {}
+    own: dict[str, Identity] = {}
     try:
-        listeners = _listen(settings, own)
+        listeners = _listen(settings, access, own)
         _say_hello(loaded, listeners, log)
         return _run(Arbiter(loaded, source, listeners, log), own, pidfile)
     finally:
@@ -78,7 +80,7 @@ def resume(word: str) -> int:
 
 def _run(
     arbiter: Arbiter,
-    own: dict[str, tuple[int, int]],
+    own: dict[str, Identity],
     pidfile: PidFile | None,
     first: Event = Tick(),  # noqa: B008
 ) -> int:
@@ -90,7 +92,7 @@ def _run(
     return code
 
 
-def _clean_up(own: dict[str, tuple[int, int]], pidfile: PidFile | None) -> None:
+def _clean_up(own: dict[str, Identity], pidfile: PidFile | None) -> None:
     for path, inode in own.items():
         unlink_own(path, inode)
     if pidfile is not None:
@@ -99,6 +101,7 @@ def _clean_up(own: dict[str, tuple[int, int]], pidfile: PidFile | None) -> None:
 
 def check(loaded: Loaded, source: Source) -> int:
     """Load the application as a worker would, in a process of its own; 0 when it could serve, else what `run` gives."""
+    _access(loaded.settings)
     log = Log("error", loaded.settings.log_format)
     alone = Loaded(dataclasses.replace(loaded.settings, workers=1), loaded.origins)
     arbiter = Arbiter(alone, source, [], log)
@@ -134,15 +137,22 @@ class _Check:
         pass
 
 
-def _listen(settings: Settings, own: dict[str, tuple[int, int]]) -> list[socket.socket]:
+def _access(settings: Settings) -> Access:
+    """Who may connect to Unix sockets. Raises `PrivilegesError`, also for a user that the workers cannot become."""
+    account = resolve(settings.user, settings.group)
+    user, group = parse_owner(settings.unix_socket_owner)
+    uid, gid = (account.uid, account.gid) if account is not None and not (user or group) else (-1, -1)
+    return Access(settings.unix_socket_mode, find_user(user) if user else uid, find_group(group) if group else gid)
+
+
+def _listen(settings: Settings, access: Access, own: dict[str, Identity]) -> list[socket.socket]:
     """Open every listener, all or none; `own` notes the Unix sockets that were made, for removal at the end."""
     listeners: list[socket.socket] = []
     for text in settings.bind:
         address = parse_bind(text)
-        listeners += open_listeners(address, settings.backlog)
+        listeners += open_listeners(address, settings.backlog, access)
         if address.path:
-            info = os.stat(address.path)
-            own[address.path] = (info.st_dev, info.st_ino)
+            own[address.path] = identify(address.path)
     return listeners
 
 

@@ -1,11 +1,21 @@
-"""The pidfile: who runs is told by a lock on it, not by guessing from a number that may be another process's by now."""
+"""The pidfile: who runs is told by a lock on it, not by guessing from a number that may be another process's by now.
+
+It comes to its place complete and locked, under a name of its own until then: whoever reads it finds a whole number,
+and a file that somebody else left there, stale or to be written through, is replaced and never written to.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import os
+import secrets
+import stat
 
 from apphost.errors import AlreadyRunningError, PrivilegesError
+
+_TRIES = 100  # to meet a path that others create and remove all the time; each try needs one of them to interfere
 
 
 class PidFile:
@@ -14,9 +24,11 @@ class PidFile:
     def __init__(self, path: str) -> None:
         """Take the lock and write the pid. Raises `AlreadyRunningError` or `PrivilegesError`."""
         self.path = path
-        self._fd = self._open_locked()
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, b"%d\n" % os.getpid(), 0)
+        try:
+            self._fd = self._create()
+        except OSError as exc:
+            why = "it is a symbolic link" if exc.errno in (errno.ELOOP, errno.EMLINK) else exc.strerror
+            raise PrivilegesError(f"cannot write the pidfile {path}: {why}") from None
 
     @classmethod
     def adopt(cls, path: str, fd: int) -> PidFile:
@@ -29,35 +41,78 @@ class PidFile:
     def fileno(self) -> int:
         return self._fd
 
-    def _open_locked(self) -> int:
-        while True:
-            try:
-                fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            except OSError as exc:
-                raise PrivilegesError(f"cannot write the pidfile {self.path}: {exc.strerror}") from None
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                pid = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
-                os.close(fd)
-                raise AlreadyRunningError(
-                    f"apphost is running already: process {pid or 'unknown'} holds the pidfile {self.path}"
-                ) from None
-            if self._is_at_path(fd):
-                return fd
-            os.close(fd)  # its owner removed it between our open and our lock: try the new one
-
-    def _is_at_path(self, fd: int) -> bool:
+    def _create(self) -> int:
+        folder, name = os.path.split(self.path)
+        draft = os.path.join(folder, f".{name}.{secrets.token_hex(8)}")
+        fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
-            return os.path.samestat(os.fstat(fd), os.stat(self.path))
-        except OSError:
-            return False
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.write(fd, b"%d\n" % os.getpid())
+            self._publish(draft)
+        except BaseException:
+            os.close(fd)
+            raise
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(draft)
+        return fd
+
+    def _publish(self, draft: str) -> None:
+        """Bring `draft` to the path: where nothing is, or in place of a file that nobody holds."""
+        for _ in range(_TRIES):
+            try:
+                os.link(draft, self.path)
+                return
+            except FileExistsError:
+                pass
+            try:
+                stale = self._lock_stale()
+            except FileNotFoundError:
+                continue  # its owner has removed it just now
+            try:
+                # Who wants to replace it, too, does not get this lock, or only when the file is not there any more.
+                if is_at_path(stale, self.path):
+                    os.rename(draft, self.path)
+                    return
+            finally:
+                os.close(stale)
+        raise OSError(errno.EBUSY, "others replace it all the time")
+
+    def _lock_stale(self) -> int:
+        """The descriptor of the file that is there, locked. Raises `AlreadyRunningError` when somebody holds it."""
+        # Not blocking: it may be a pipe. Not through a link: in a folder that others may write to, it leads anywhere.
+        fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            mode = os.fstat(fd).st_mode
+            if stat.S_ISDIR(mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if not stat.S_ISREG(mode):
+                raise OSError(errno.EEXIST, "something that is no file is in its place")
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+            os.close(fd)
+            raise AlreadyRunningError(
+                f"apphost is running already: process {pid if pid.isdigit() else 'unknown'} holds the pidfile "
+                f"{self.path}"
+            ) from None
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
     def remove(self) -> None:
         """Remove the file, if it is still ours, and give up the lock."""
-        if self._is_at_path(self._fd):
+        if is_at_path(self._fd, self.path):
             try:
                 os.unlink(self.path)
             except OSError:
-                pass  # a directory that privileges were dropped from: an unlocked file hurts nobody
+                pass  # a folder that is not ours to write to by now: an unlocked file hurts nobody
         os.close(self._fd)
+
+
+def is_at_path(fd: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
+    except OSError:
+        return False

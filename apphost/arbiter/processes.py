@@ -30,7 +30,10 @@ class Failure:
     @classmethod
     def told(cls, message: Message) -> Failure:
         """As a fork server or a worker has told it in `failed`."""
-        return cls(str(message["message"]), str(message["detail"]), int(message.get("code", ExitCode.APPLICATION)))
+        code = message.get("code")
+        if code is None or code == ExitCode.OK or code not in list(ExitCode):
+            code = ExitCode.APPLICATION
+        return cls(message["message"], message["detail"], int(code))
 
 
 @dataclass(slots=True)
@@ -41,6 +44,7 @@ class ForkServer:
     dump: int  # descriptor of the file for its last words
     settings: Settings | None = None  # once it has read them, and imported what it preloads
     failure: Failure | None = None
+    ignored: list[str] = field(default_factory=list)  # settings that have changed and need a restart
 
 
 @dataclass(slots=True)
@@ -50,7 +54,8 @@ class WorkerProcess:
     channel: Channel
     dump: int  # descriptor of the file for its last words
     born: float
-    pid: int = 0  # 0: not forked yet
+    pid: int = 0  # 0: not forked yet; as its fork server says
+    parent: int = 0  # the pid of its fork server
     ready_at: float | None = None
     names: dict[str, str] = field(default_factory=dict)  # interface, parser, loop
     requests: int = 0
@@ -66,9 +71,22 @@ class WorkerProcess:
     def name(self) -> str:
         return f"worker {self.wid} gen {self.generation}"
 
+    def signal(self, number: int) -> None:
+        """Send it a signal, if the process with its pid is a child of its fork server, or by now of ours.
 
-def start_fork_server(generation: int, source: Source, listeners: list[socket.socket]) -> ForkServer:
-    """Start a fresh interpreter as the fork server of `generation` and send it its configuration."""
+        The pid is what the fork server says, which may be of another user and preload the application: no word of it
+        makes us signal a stranger, nor does a pid that was given out again.
+        """
+        if os.path.exists("/proc/self/stat") and _parent(self.pid) not in (self.parent, os.getpid()):
+            return
+        kill(self.pid, number)
+
+
+def start_fork_server(generation: int, source: Source, listeners: list[socket.socket], running: Settings) -> ForkServer:
+    """Start a fresh interpreter as the fork server of `generation` and send it its configuration.
+
+    It reads the settings anew, but for those that need a restart: they stay as they are in `running`.
+    """
     ours, theirs = socket.socketpair()
     dump = make_dump_file()
     fds = [listener.fileno() for listener in listeners]
@@ -83,7 +101,7 @@ def start_fork_server(generation: int, source: Source, listeners: list[socket.so
     theirs.close()
     channel = Channel(ours)
     config = {"protocol": PROTOCOL_VERSION, "generation": generation, "source": source.to_wire(), "listeners": fds}
-    channel.send({"t": "config", **config})
+    channel.send({"t": "config", **config, "running": running.to_wire()})
     return ForkServer(generation, pid, channel, dump)
 
 
@@ -151,3 +169,12 @@ def kill(pid: int, number: int) -> None:
             os.kill(pid, number)
         except ProcessLookupError:
             pass
+
+
+def _parent(pid: int) -> int:
+    """The parent of a process, 0 when there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0

@@ -19,6 +19,7 @@ from apphost.errors import ExitCode
 from apphost.lifecycle import State
 from apphost.messages import Channel
 from apphost.settings import Settings
+from apphost.sockets import Identity
 
 VERSION = 1
 
@@ -34,8 +35,8 @@ class StateError(Exception):
 class ArbiterState:
     """Everything. Descriptors stay open across exec, and the monotonic clock that times are of goes on.
 
-    leaving: fork servers whose channels have ended, so only their exits are awaited. own_sockets: path to (device,
-    inode) of the Unix sockets to remove at the end. pidfile: path and locked descriptor.
+    leaving: fork servers whose channels have ended, so only their exits are awaited. own_sockets: path and
+    identity of the Unix sockets to remove at the end. pidfile: path and locked descriptor.
     """
 
     fleet: Fleet
@@ -45,7 +46,7 @@ class ArbiterState:
     workers: list[WorkerProcess]
     fork_servers: list[ForkServer]
     leaving: list[ForkServer]
-    own_sockets: dict[str, tuple[int, int]]
+    own_sockets: dict[str, Identity]
     pidfile: tuple[str, int] | None
 
     @property
@@ -76,7 +77,7 @@ class ArbiterState:
                 workers=[_process(WorkerProcess, each, open_channel) for each in wire["workers"]],
                 fork_servers=[_process(ForkServer, each, open_channel) for each in wire["fork_servers"]],
                 leaving=[_process(ForkServer, each, open_channel) for each in wire["leaving"]],
-                own_sockets={path: (int(dev), int(ino)) for path, (dev, ino) in wire["own_sockets"].items()},
+                own_sockets={path: _identity(each) for path, each in wire["own_sockets"].items()},
                 pidfile=(str(pidfile[0]), int(pidfile[1])) if pidfile is not None else None,
             )
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as exc:
@@ -97,6 +98,11 @@ def _to_wire(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_to_wire(each) for each in value]
     return value
+
+
+def _identity(wire: Any) -> Identity:
+    device, inode, changed = map(int, wire)
+    return device, inode, changed
 
 
 def _known(kind: type[Any], wire: Mapping[str, Any]) -> dict[str, Any]:

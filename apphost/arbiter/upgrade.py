@@ -21,6 +21,7 @@ from apphost.arbiter.services import Happening
 from apphost.arbiter.state import ArbiterState, OpenChannel, StateError
 from apphost.messages import Channel
 from apphost.settings import RESUME_VARIABLE
+from apphost.sockets import Identity
 
 if TYPE_CHECKING:
     from apphost.arbiter.arbiter import Arbiter
@@ -32,9 +33,7 @@ _STATE_MAX = 1 << 26  # bytes: some hundred times the state of 1024 workers
 class Upgrade:
     """The service that upgrades `arbiter`: `begin`, then `tried` with the trial's end."""
 
-    def __init__(
-        self, arbiter: Arbiter, own_sockets: dict[str, tuple[int, int]], pidfile: tuple[str, int] | None
-    ) -> None:
+    def __init__(self, arbiter: Arbiter, own_sockets: dict[str, Identity], pidfile: tuple[str, int] | None) -> None:
         self._arbiter = arbiter
         self._own_sockets = own_sockets
         self._pidfile = pidfile

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
 from apphost.errors import user_traceback
-from apphost.logs import escape
+from apphost.logs import show_target
 from apphost.protocols.base import ClientDisconnected, ResponseError, Stream
 from apphost.protocols.response import ResponseHead
 
@@ -67,7 +67,7 @@ class AsgiRequest:
 
     def describe(self) -> str:
         head = self.stream.head
-        return f"{head.method} {escape(head.target.decode('latin-1'))}"
+        return f"{head.method} {show_target(head.target)}"
 
     def _wake(self) -> None:
         wakeup = self.wakeup

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from apphost.interfaces.asgi_http import AsgiRequest, Event, as_bytes, http_scope, raised
 from apphost.lifecycle import Policy
-from apphost.logs import escape
+from apphost.logs import show_target
 from apphost.protocols.base import ClientDisconnected, ResponseError, Stream
 from apphost.protocols.capsule import STATE_MAX
 from apphost.protocols.frames import may_be_sent
@@ -34,7 +34,7 @@ class AsgiWebSocket(AsgiRequest):
         super().__init__(interface, stream)
 
     def describe(self) -> str:
-        return f"WebSocket {escape(self.stream.head.target.decode('latin-1'))}"
+        return f"WebSocket {show_target(self.stream.head.target)}"
 
     def scope(self) -> dict[str, Any]:
         scope = http_scope(self.stream, self.interface.root_path, self.interface.state)

@@ -18,7 +18,7 @@ from apphost.interfaces.asgi_http import failure, is_disconnect, raised
 from apphost.interfaces.environ import base_environ, request_environ
 from apphost.interfaces.threads import ThreadPool
 from apphost.interfaces.wsgi_io import BodyInput, ErrorLog, FileWrapper, file_to_send, send_file
-from apphost.logs import Log, escape
+from apphost.logs import Log, show_target
 from apphost.protocols.base import ClientDisconnected, Headers, ResponseError, Stream
 from apphost.protocols.response import FIELD_MAX, ResponseHead, remember
 
@@ -156,7 +156,7 @@ class WsgiRequest:
 
     def describe(self) -> str:
         head = self.stream.head
-        return f"{head.method} {escape(head.target.decode('latin-1'))}"
+        return f"{head.method} {show_target(head.target)}"
 
     def _submit(self) -> None:
         self.submitted = True
@@ -349,7 +349,8 @@ def parse_status(status: str) -> tuple[int, bytes]:
     code, _, reason = status.partition(" ")
     if len(code) != 3 or not code.isdigit() or not code.isascii():
         raise ValueError(f"not a status: {status!r}")
-    return int(code), reason.strip().encode("latin-1")
+    # Blanks only: a line break at its end is one that must not be there, and is refused with the head.
+    return int(code), reason.strip(" ").encode("latin-1")
 
 
 def encode_headers(headers: list[tuple[str, str]]) -> Headers:

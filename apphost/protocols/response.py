@@ -50,7 +50,9 @@ _SPECIAL = {
     b"date": Field.DATE,
     b"server": Field.SERVER,
 }
-_SPLITS = re.compile(rb"[\r\n\0]").search
+# RFC 9110, 5.5: CR, LF and NUL split a head; the other controls are no part of a value either, and what recipients
+# make of them differs: to some 0x0b, 0x0c and 0x1c to 0x1e end a line. HTAB is fine.
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]").search
 
 # An application says the same few dozen lines again and again: these have been checked.
 _KINDS: dict[bytes, Field] = {}
@@ -116,8 +118,8 @@ class ResponseHead:
         if kind is _CONTENT_LENGTH:
             return self._take_length(name, value)
         line = b"%b: %b\r\n" % (name, value)
-        if _SPLITS(line, len(name) + 2, len(line) - 2) is not None:
-            raise ValueError("a header value contains CR, LF or NUL")
+        if _CONTROL(line, len(name) + 2, len(line) - 2) is not None:
+            raise ValueError("a header value contains a control, such as CR, LF or NUL")
         if kind is _PLAIN:
             if len(line) <= FIELD_MAX and type(value) is bytes:
                 remember(_LINES, (name, value), line)
@@ -197,8 +199,8 @@ def custom_status_line(status: int, reason: bytes) -> bytes:
         raise TypeError(f"a status must be an int, not {type(status).__name__}")
     if not 100 <= status <= 999:
         raise ValueError(f"not a status: {status}")
-    if _SPLITS(reason) is not None:
-        raise ValueError("the reason of the status contains CR, LF or NUL")
+    if _CONTROL(reason) is not None:
+        raise ValueError("the reason of the status contains a control, such as CR, LF or NUL")
     return b"HTTP/1.1 %d %b\r\n" % (status, reason)
 
 

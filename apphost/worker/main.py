@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from apphost.errors import ApphostError, ExitCode, user_traceback
-from apphost.logs import Log
+from apphost.logs import Log, hide_queries
 from apphost.messages import DUMP_SIGNAL, Channel
 from apphost.settings import Settings
 from apphost.worker.loading import choose_loop, choose_parser, detect_interface, load_application, modern_asgi
@@ -33,7 +33,8 @@ _NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGTTIN
 class Assignment:
     """What a worker is told at its fork.
 
-    dump: the descriptor of the file for its last words. app: the application, if the fork server has imported it.
+    dump: the descriptor of the file for its last words. access_log: that of the access log, None without one.
+    app: the application, if the fork server has imported it.
     """
 
     wid: int
@@ -41,6 +42,7 @@ class Assignment:
     settings: Settings
     listeners: list[socket.socket]
     dump: int
+    access_log: int | None = None
     app: Any = None
 
     @property
@@ -52,6 +54,7 @@ def run(assignment: Assignment, channel: Channel) -> int:
     """Boot, serve, drain. Returns the exit code; what went wrong has been told to the arbiter."""
     settings = assignment.settings
     log = Log(settings.log_level, settings.log_format)
+    hide_queries(not settings.log_query)
     server: list[Server] = []
     _prepare_signals()
     allow_descriptors(settings.limit_connections + SPARE_DESCRIPTORS)

@@ -10,12 +10,12 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from apphost.errors import PrivilegesError
 from apphost.interfaces.lifespan import Lifespan
 from apphost.interfaces.threads import ThreadPool
 from apphost.lifecycle import State, allowed
-from apphost.logs import AccessLog, Log, open_access_log
+from apphost.logs import AccessLog, Log
 from apphost.messages import Channel, Message, ProtocolError
+from apphost.peers import take_channels
 from apphost.protocols import masking
 from apphost.protocols.base import HeadParser
 from apphost.protocols.context import Context, Timeouts
@@ -107,7 +107,8 @@ class Server:
         """Start the application, tell the arbiter, serve until drained. Raises `ApphostError` when it cannot."""
         self.loop.add_reader(self.channel.fileno(), self._orders)
         self.loop.add_signal_handler(signal.SIGTERM, self._stray_term)
-        self._open_access_log()
+        if self.assignment.access_log is not None:
+            self.context.access_log = AccessLog(self.assignment.access_log, self.settings.log_format, self.loop)
         lifespan = await self._start_application(app, interface)
         self.context.websockets = self._websocket_options()
         if self.settings.ready_probe and self.state is State.BOOTING:
@@ -138,16 +139,6 @@ class Server:
             options["state"] = lifespan.state
         self.context.interface = factory(app, self.loop, self.log, self.context.active, **options)
         return lifespan
-
-    def _open_access_log(self) -> None:
-        target = self.settings.access_log
-        if not target:
-            return
-        try:
-            fd = open_access_log(target)
-        except OSError as exc:
-            raise PrivilegesError(f"cannot open the access log {target}: {exc.strerror}") from None
-        self.context.access_log = AccessLog(fd, self.settings.log_format, self.loop)
 
     def _begin_serving(self) -> None:
         self._move(State.READY)
@@ -239,7 +230,10 @@ class Server:
             self.drain(self.settings.graceful_timeout, "the arbiter is gone")
             return
         for message, fds in messages:
-            self._obey(message, [socket.socket(fileno=fd) for fd in fds])
+            sockets = take_channels(fds, self.channel.sock)
+            if sockets is None:
+                self.log.error(f"{self.assignment.name}: an order came with a channel that the arbiter has not made")
+            self._obey(message, sockets or [])
 
     def _obey(self, message: Message, sockets: list[socket.socket]) -> None:
         if message["t"] == "drain":

@@ -381,12 +381,29 @@ def test_variable_that_is_bad(fail: Fail) -> None:
     ("option", "what", "name"),
     [
         ("--user", "there is no user", "nobody-of-this-name"),
-        ("--user", "there is no user", "3999999999"),
+        ("--user", "there is no user", "99999999999"),
         ("--group", "there is no group", "nobody-of-this-name"),  # any number is a group, whether it has a name or not
     ],
 )
 def test_user_that_is_unknown(fail: Fail, option: str, what: str, name: str) -> None:
     assert told(fail(ExitCode.PRIVILEGES, "hello:app", option, name)) == f"{what} {name!r}"
+
+
+@pytest.mark.parametrize("command", [(), ("check",)], ids=["run", "check"])
+def test_user_and_group_that_go_not_together(fail: Fail, command: tuple[str, ...]) -> None:
+    """Before anything is opened or started, and in `check` as well."""
+    text = told(fail(ExitCode.PRIVILEGES, *command, "hello:app", "--user", "3999999999"))
+    assert text == "there is no user '3999999999'; a number without an account needs `group` as well"
+    if os.geteuid() == 0:
+        text = told(fail(ExitCode.PRIVILEGES, *command, "hello:app", "--group", "daemon"))
+        assert text == "group 'daemon' alone would leave the workers root: set `user` as well"
+    else:
+        text = told(fail(ExitCode.PRIVILEGES, *command, "hello:app", "--user", "root"))
+        assert text.startswith("cannot become user root, group unchanged: only root may change them")
+    text = told(fail(ExitCode.PRIVILEGES, *command, "hello:app", "--unix-socket-owner", "nobody-of-this-name"))
+    assert text == "there is no user 'nobody-of-this-name'"
+    text = told(fail(ExitCode.USAGE, *command, "hello:app", "--unix-socket-owner", "a:b:c"))
+    assert "expected USER, USER:GROUP or :GROUP" in text
 
 
 def test_pidfile_of_a_live_apphost(fail: Fail, tmp_path: Path) -> None:
