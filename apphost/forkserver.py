@@ -25,11 +25,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from apphost.bytecode import distrust_stale_bytecode
 from apphost.errors import ApphostError, ExitCode, PrivilegesError, SettingsError
+from apphost.logs import Log
 from apphost.messages import DUMP_SIGNAL, PROTOCOL_VERSION, Channel, Message
 from apphost.settings import Settings
+from apphost.sockets import Listener
 from apphost.sources import Source
 
 if TYPE_CHECKING:
+    from apphost.worker.certificates import Certificates
     from apphost.worker.main import Assignment
 
 # The interpreter is started with this. The directory it is started in must not shadow a module before apphost itself is
@@ -102,8 +105,9 @@ class ForkServer:
         self._children: dict[int, int] = {}  # pid to wid
         self._generation = 0
         self._settings = Settings()
-        self._listeners: list[socket.socket] = []
+        self._listeners: list[Listener] = []
         self._app: Any = None  # preloaded
+        self._certificates: Certificates | None = None
 
     @staticmethod
     def _make_wakeup() -> int:
@@ -167,12 +171,14 @@ class ForkServer:
         source = Source.from_wire(message["source"])
         self._generation = int(message["generation"])
         self._settings = settings = source.load(os.environ).settings
-        self._listeners = [socket.socket(fileno=fd) for fd in message["listeners"]]
+        self._listeners = [Listener(fileno=fd) for fd in message["listeners"]]
         for listener in self._listeners:
             listener.set_inheritable(False)
+            listener.plain = listener.fileno() in message.get("plain", ())
         directory = _enter(settings.chdir, source.cwd)
         if settings.umask is not None:
             os.umask(settings.umask)
+        self._certificates = _load_certificates(settings)
         drop_privileges(settings.user, settings.group)
         sys.path[:0] = [os.path.join(directory, path) for path in (*settings.pythonpath, "")]
         distrust_stale_bytecode()
@@ -199,7 +205,9 @@ class ForkServer:
         signal.set_wakeup_fd(-1)
         os.close(self._wakeup)
         self._channel.close()
-        assignment = Assignment(wid, self._generation, self._settings, self._listeners, dump_fd, self._app)
+        assignment = Assignment(
+            wid, self._generation, self._settings, self._listeners, dump_fd, self._app, self._certificates
+        )
         return assignment, Channel(socket.socket(fileno=channel_fd))
 
 
@@ -212,6 +220,18 @@ def _enter(chdir: str, cwd: str) -> str:
         raise SettingsError(f"cannot change to the directory {directory}: {exc.strerror}") from None
     os.environ["PWD"] = directory
     return directory
+
+
+def _load_certificates(settings: Settings) -> Certificates | None:
+    """While keys that only root may read can be read. Raises `SettingsError`."""
+    if not settings.tls_certfile:
+        return None
+    from apphost.worker.certificates import load
+
+    certificates = load(settings)
+    for warning in certificates.warnings if certificates is not None else ():
+        Log(settings.log_level, settings.log_format).warning(warning)
+    return certificates
 
 
 def _prepare_workers(settings: Settings) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import socket
 import time
 
 import apphost
@@ -17,7 +16,7 @@ from apphost.arbiter.vocabulary import Event, ReloadAsked, Tick
 from apphost.errors import ExitCode
 from apphost.logs import Log
 from apphost.settings import Settings
-from apphost.sockets import describe, open_listeners, parse_bind, unlink_own
+from apphost.sockets import Listener, describe, open_listeners, parse_bind, unlink_own
 from apphost.sources import Loaded, Source
 
 
@@ -61,7 +60,9 @@ def resume(word: str) -> int:
         os.set_inheritable(fd, False)
     _set_title(settings.proc_name)
     pidfile = PidFile.adopt(*state.pidfile) if state.pidfile is not None else None
-    listeners = [socket.socket(fileno=fd) for fd in state.listeners]
+    listeners = [Listener(fileno=fd) for fd in state.listeners]
+    for listener in listeners:
+        listener.plain = listener.fileno() in state.plain
     try:
         arbiter = Arbiter(Loaded(settings, {}), source, listeners, log)
         take_over(arbiter, state)
@@ -119,9 +120,9 @@ def _alone(settings: Settings) -> Settings:
     return dataclasses.replace(settings, workers=1)
 
 
-def _listen(settings: Settings, own: dict[str, tuple[int, int]]) -> list[socket.socket]:
+def _listen(settings: Settings, own: dict[str, tuple[int, int]]) -> list[Listener]:
     """Open every listener, all or none; `own` notes the Unix sockets that were made, for removal at the end."""
-    listeners: list[socket.socket] = []
+    listeners: list[Listener] = []
     for text in settings.bind:
         address = parse_bind(text)
         listeners += open_listeners(address, settings.backlog)
@@ -131,7 +132,7 @@ def _listen(settings: Settings, own: dict[str, tuple[int, int]]) -> list[socket.
     return listeners
 
 
-def _say_hello(loaded: Loaded, listeners: list[socket.socket], log: Log) -> None:
+def _say_hello(loaded: Loaded, listeners: list[Listener], log: Log) -> None:
     settings = loaded.settings
     log.info(
         f"apphost {apphost.__version__} on Python {platform.python_version()} starts {settings.app} with "
@@ -140,7 +141,8 @@ def _say_hello(loaded: Loaded, listeners: list[socket.socket], log: Log) -> None
     for warning in loaded.warnings:
         log.warning(warning)
     for listener in listeners:
-        log.info(f"listening at {describe(listener)}", address=describe(listener))
+        address = describe(listener, bool(settings.tls_certfile))
+        log.info(f"listening at {address}", address=address)
 
 
 def _set_title(name: str) -> None:

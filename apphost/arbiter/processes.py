@@ -13,6 +13,7 @@ from apphost.errors import ExitCode
 from apphost.forkserver import COMMAND
 from apphost.messages import PROTOCOL_VERSION, Channel, Message
 from apphost.settings import Settings
+from apphost.sockets import Listener
 from apphost.sources import Source
 
 LAST_WORDS_MAX = 65536  # bytes read of a worker's last words: the stacks of some hundred threads
@@ -67,7 +68,7 @@ class WorkerProcess:
         return f"worker {self.wid} gen {self.generation}"
 
 
-def start_fork_server(generation: int, source: Source, listeners: list[socket.socket]) -> ForkServer:
+def start_fork_server(generation: int, source: Source, listeners: list[Listener]) -> ForkServer:
     """Start a fresh interpreter as the fork server of `generation` and send it its configuration."""
     ours, theirs = socket.socketpair()
     dump = make_dump_file()
@@ -82,8 +83,9 @@ def start_fork_server(generation: int, source: Source, listeners: list[socket.so
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
     theirs.close()
     channel = Channel(ours)
+    plain = [listener.fileno() for listener in listeners if listener.plain]
     config = {"protocol": PROTOCOL_VERSION, "generation": generation, "source": source.to_wire(), "listeners": fds}
-    channel.send({"t": "config", **config})
+    channel.send({"t": "config", **config, "plain": plain})
     return ForkServer(generation, pid, channel, dump)
 
 

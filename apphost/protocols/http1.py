@@ -50,6 +50,7 @@ class Connection(Wire):
     """
 
     __slots__ = ("_capsule",)
+    exchange_type = Exchange
 
     def __init__(self, context: Context, capsule: Capsule | None = None) -> None:
         super().__init__(context)
@@ -195,7 +196,7 @@ class Connection(Wire):
             decoder = None
             if head.content_length or head.chunked:
                 decoder = decoder_for(head.content_length, head.chunked, context.limits)
-            exchange = Exchange(self, head, decoder)
+            exchange = self.exchange_type(self, head, decoder)
             if head.upgrade:
                 self._read_handshake(exchange)
             if rest and decoder is not None:

@@ -63,6 +63,8 @@ class Wire(asyncio.Protocol, ABC):
         "write_paused",
     )
 
+    fixed = False  # True: it can never move, because there is more to it than its socket
+
     transport: asyncio.Transport
     exchange: Exchange | None
     websocket: WebSocket | None
@@ -189,7 +191,7 @@ class Wire(asyncio.Protocol, ABC):
         """A duplicate of the socket's descriptor for writing past the transport, None when that cannot be done."""
         transport = self.transport
         sock = transport.get_extra_info("socket")
-        if sock is None or transport.get_extra_info("sslcontext") is not None or transport.get_write_buffer_size():
+        if sock is None or self.fixed or transport.get_write_buffer_size():
             return None
         return os.dup(sock.fileno())
 
@@ -205,12 +207,12 @@ class Wire(asyncio.Protocol, ABC):
         transport = self.transport
         return (
             (self.phase is _WAITING or self.phase is _HEAD or self._at_rest)
+            and not self.fixed
             and not self.eof
             and not self.write_paused
             and len(self.buffer) <= BYTES_MAX
             and not transport.is_closing()
             and not transport.get_write_buffer_size()
-            and transport.get_extra_info("sslcontext") is None
         )
 
     @property
