@@ -180,6 +180,8 @@ class ForkServer:
             os.umask(settings.umask)
         self._certificates = _load_certificates(settings)
         drop_privileges(settings.user, settings.group)
+        if self._certificates is not None:
+            _see_whether_watched(settings, self._certificates)
         sys.path[:0] = [os.path.join(directory, path) for path in (*settings.pythonpath, "")]
         distrust_stale_bytecode()
         self._app = _prepare_workers(settings)
@@ -232,6 +234,18 @@ def _load_certificates(settings: Settings) -> Certificates | None:
     for warning in certificates.warnings if certificates is not None else ():
         Log(settings.log_level, settings.log_format).warning(warning)
     return certificates
+
+
+def _see_whether_watched(settings: Settings, certificates: Certificates) -> None:
+    from apphost.worker.certificates import unreadable
+
+    hidden = unreadable(settings)
+    certificates.watched = not hidden
+    if hidden and settings.tls_watch_interval:
+        Log(settings.log_level, settings.log_format).info(
+            f"user {settings.user or os.getuid()} may not read {', '.join(hidden)}: the workers cannot see when "
+            "certificates are renewed, so send USR1 then"
+        )
 
 
 def _prepare_workers(settings: Settings) -> Any:

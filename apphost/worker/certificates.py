@@ -34,19 +34,22 @@ Entry = tuple[ServerContext, tuple[str, ...]]  # and the host names that it is f
 class Certificates:
     """All certificates of a server, each in a context of its own. The first is for clients that name no known host.
 
-    stamp: how the files were when they were read. warnings: what an operator should know, in sentences.
+    stamp: how the files were when they were read. warnings: what an operator should know, in sentences. watched: the
+    workers may read the files, so they look whether these have changed.
     """
 
     def __init__(self, entries: Sequence[Entry], stamp: Stamp, warnings: list[str]) -> None:
         self.context = entries[0][0]
         self.stamp = stamp
         self.warnings = warnings
+        self.watched = True
         self._by_name: dict[str, ServerContext] = {}
         for context, names in entries:
             for name in names:
                 self._by_name.setdefault(name.lower(), context)
-        # The others differ from it in their certificate only, and OpenSSL takes only that over.
-        self.context.sni_callback = self._choose
+        if len(entries) > 1:
+            # The others differ from it in their certificate only, and OpenSSL takes only that over.
+            self.context.sni_callback = self._choose
 
     def choose(self, host: str) -> ServerContext:
         """The certificate for `host`: of that very name, else with `*` for its first label (RFC 9525, 6.3)."""
@@ -63,6 +66,11 @@ def files_of(settings: Settings) -> list[str]:
     """Every file that matters, each once."""
     ca = [settings.tls_ca_certs] if settings.tls_ca_certs else []
     return list(dict.fromkeys([*settings.tls_certfile, *settings.tls_keyfile, *ca]))
+
+
+def unreadable(settings: Settings) -> list[str]:
+    """Files that this process may not read, or not even see."""
+    return [path for path in files_of(settings) if not os.access(path, os.R_OK)]
 
 
 def stamp_of(settings: Settings) -> Stamp:
@@ -217,6 +225,7 @@ class Tls:
         self._settings = settings
         self._log = log
         self._name = name
+        self._watched = certificates.watched and bool(settings.tls_watch_interval)
         self._seen = certificates.stamp  # of the last attempt, good or bad
         self._hint = False  # that USR1 is needed has been said
         self._watch: asyncio.Task[None] | None = None
@@ -225,7 +234,7 @@ class Tls:
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Look at the files from now on, at once as well: they may have changed before this worker was forked."""
-        if self._settings.tls_watch_interval:
+        if self._watched:
             self._watch = loop.create_task(self._look_again_and_again())
 
     def stop(self) -> None:
