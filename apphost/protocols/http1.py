@@ -495,5 +495,5 @@ _BEHAVIOUR = {
     Phase.DISCARDING: _Behaviour(Connection._discard, Connection.close, Connection.linger),
     Phase.MOVING: _Behaviour(Connection._keep_moving, Connection._ignore, Connection._ignore),
     Phase.LINGERING: _Behaviour(Connection._ignore, Connection.close, Connection.close),
-    Phase.CLOSED: _Behaviour(Connection._ignore, Connection._ignore, Connection.abort),
+    Phase.CLOSED: _Behaviour(Connection._ignore, Connection._ignore, Connection.overdue),
 }

@@ -113,8 +113,18 @@ class Wire(asyncio.Protocol, ABC):
         """Close after what is written has gone out."""
         self.exchange = None
         self.phase = _CLOSED
+        self.unsent = self.transport.get_write_buffer_size()
         self._arm(self.context.loop.time() + self.context.timeouts.write)
         self.transport.close()
+
+    def overdue(self) -> None:
+        """Closed long ago: abort, unless the client still reads what is left, only not as fast as we wrote."""
+        left = self.transport.get_write_buffer_size()
+        if left < self.unsent or self.write_paused:  # the latter has a time-out of its own
+            self.unsent = left
+            self._arm(self.context.loop.time() + self.context.timeouts.write)
+        else:
+            self.abort()
 
     def linger(self) -> None:
         """Say that nothing more comes, and read on for a while: closing with unread bytes would send a reset, and a

@@ -96,8 +96,13 @@ class Acceptor:
         sock.setblocking(False)
         task = self._loop.create_task(self._open(sock))
         self.opening.add(task)
-        task.add_done_callback(self.opening.discard)
+        task.add_done_callback(self._opened)
         return True
+
+    def _opened(self, task: asyncio.Task[None]) -> None:
+        self.opening.discard(task)
+        if not self._reading:  # one that has failed may have been what others wait for
+            self._context.on_closed()
 
     async def _open(self, sock: socket.socket) -> None:
         try:

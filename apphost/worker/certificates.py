@@ -11,6 +11,7 @@ import asyncio
 import os
 import re
 import ssl
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -218,6 +219,18 @@ def names_of(facts: dict[str, Any]) -> tuple[str, ...]:
     return names or tuple(common)
 
 
+def _hush_odd_names() -> None:
+    """A client may ask for a host whose name is no text. `ssl` ends the handshake then, and we tell it in one line; the
+    traceback that it prints as well, through this hook, tells nobody anything."""
+    before = sys.unraisablehook
+
+    def hook(args: sys.UnraisableHookArgs, /) -> None:
+        if args.exc_type is not UnicodeDecodeError or not isinstance(args.object, bytes):
+            before(args)
+
+    sys.unraisablehook = hook
+
+
 class Tls:
     """What a worker does with certificates: `context` for the next handshake, the current one. Event loop only."""
 
@@ -234,6 +247,7 @@ class Tls:
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Look at the files from now on, at once as well: they may have changed before this worker was forked."""
+        _hush_odd_names()
         if self._watched:
             self._watch = loop.create_task(self._look_again_and_again())
 
