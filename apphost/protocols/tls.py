@@ -28,6 +28,11 @@ _RECORD = 16384  # bytes of plain text that a TLS record holds at most (RFC 8446
 _LAST_WORD = 1.0  # s for the alert after a failed handshake to go out: it is one small write
 
 
+# What is read from a socket is copied to OpenSSL before anything else is read, so one buffer does for all connections
+# of a worker. 64 KiB: four records; asyncio reads 256 KiB otherwise, and would allocate that each time.
+_BUFFER = memoryview(bytearray(65536))
+
+
 class ServerContext(ssl.SSLContext):
     """An `SSLContext` that knows what it serves: `certificate` in PEM, `suites` from OpenSSL's name to the number."""
 
@@ -45,7 +50,7 @@ class Stage(enum.Enum):
 _HANDSHAKE, _OPEN, _ENDED, _LOST = Stage.HANDSHAKE, Stage.OPEN, Stage.ENDED, Stage.LOST
 
 
-class TlsTransport(asyncio.Protocol, asyncio.Transport):
+class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
     """See above. Event loop only.
 
     `make` is called when the handshake is done, for the protocol to talk to. `patience`: seconds for the handshake.
@@ -145,7 +150,13 @@ class TlsTransport(asyncio.Protocol, asyncio.Transport):
 
     # -- the side below
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, _sizehint: int) -> memoryview:
+        return _BUFFER
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data_received(_BUFFER[:nbytes])
+
+    def data_received(self, data: bytes | memoryview) -> None:
         stage = self._stage
         if stage is _OPEN:
             self._incoming.write(data)
