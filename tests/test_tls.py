@@ -261,6 +261,15 @@ def test_write_eof(stage: Stage) -> None:
     assert stage.below.events == ["eof", "close"]
 
 
+def test_close_after_the_transport_below_has_failed(stage: Stage) -> None:
+    """Which the loop tells only in its next turn; writing to it then is an error on uvloop."""
+    stage.shake_hands()
+    stage.below.take()
+    stage.below.events.append("abort")
+    stage.transport.close()
+    assert stage.below.wire == b""
+
+
 def test_abort_says_nothing(stage: Stage) -> None:
     stage.shake_hands()
     stage.below.take()

@@ -278,7 +278,8 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
             self._object.unwrap()
         except ssl.SSLError:
             pass  # it wants to read the other's last word, for which nobody has to wait (RFC 8446, 6.1)
-        self._flush()
+        if not self._raw.is_closing():  # it has failed, and the loop has not said so yet; uvloop would raise
+            self._flush()
 
     def close(self) -> None:
         self._say_last()
