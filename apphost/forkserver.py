@@ -26,14 +26,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from apphost.bytecode import distrust_stale_bytecode
 from apphost.errors import ApphostError, ExitCode, PrivilegesError, SettingsError
-from apphost.logs import open_access_log
+from apphost.logs import Log, open_access_log
 from apphost.messages import DUMP_SIGNAL, PROTOCOL_VERSION, Channel, Message
 from apphost.peers import is_of_parent, take_channels
 from apphost.privileges import Account, become, check_readable, resolve
 from apphost.settings import Settings, keep_fixed, restart_needed
+from apphost.sockets import Listener
 from apphost.sources import Source
 
 if TYPE_CHECKING:
+    from apphost.worker.certificates import Certificates
     from apphost.worker.main import Assignment
 
 # The interpreter is started with this. The directory it is started in must not shadow a module before apphost itself is
@@ -112,9 +114,10 @@ class ForkServer:
         self._children: dict[int, int] = {}  # pid to wid
         self._generation = 0
         self._settings = Settings()
-        self._listeners: list[socket.socket] = []
+        self._listeners: list[Listener] = []
         self._access_log: int | None = None
         self._app: Any = None  # preloaded
+        self._certificates: Certificates | None = None
 
     @staticmethod
     def _make_wakeup() -> int:
@@ -197,18 +200,22 @@ class ForkServer:
         # A file that has lost its `user` by now must not make root of the workers: that is fixed at the start.
         running = Settings.from_wire(message["running"]) if "running" in message else loaded
         self._settings = settings = keep_fixed(running, loaded)
-        self._listeners = [socket.socket(fileno=fd) for fd in message["listeners"]]
+        self._listeners = [Listener(fileno=fd) for fd in message["listeners"]]
         for listener in self._listeners:
             listener.set_inheritable(False)
+            listener.plain = listener.fileno() in message.get("plain", ())
         if settings.umask is not None:
             os.umask(settings.umask)
         directory = os.path.join(source.cwd, settings.chdir) if settings.chdir else source.cwd
         account = resolve(settings.user, settings.group)
         # The last things that are done as root: what follows is the application's, or may run code of it.
         self._access_log = _open_access_log(settings.access_log, directory, account)
+        self._certificates = _load_certificates(settings, directory)
         if account is not None:
             _drop_privileges(account)
         _enter(directory)
+        if self._certificates is not None:
+            _see_whether_watched(settings, self._certificates)
         sys.path[:0] = [os.path.join(directory, path) for path in (*settings.pythonpath, "")]
         distrust_stale_bytecode()
         self._app = _prepare_workers(settings)
@@ -239,8 +246,9 @@ class ForkServer:
         os.close(self._wakeup)
         self._channel.close()
         assignment = Assignment(
-            wid, self._generation, self._settings, self._listeners, dump_fd, self._access_log, self._app
-        )
+            wid, self._generation, self._settings, self._listeners, dump_fd, self._access_log, self._app,
+            self._certificates,
+        )  # fmt: skip
         return assignment, Channel(channel)
 
 
@@ -271,6 +279,33 @@ def _drop_privileges(account: Account) -> None:
     become(account)
     # What is imported from here on is read by that user.
     check_readable(os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker", "main.py"), account)
+
+
+def _load_certificates(settings: Settings, directory: str) -> Certificates | None:
+    """While keys that only root may read can be read. `directory`: where relative names begin, which is entered later.
+
+    Raises `SettingsError`.
+    """
+    if not settings.tls_certfile:
+        return None
+    from apphost.worker.certificates import load
+
+    certificates = load(settings, directory)
+    for warning in certificates.warnings if certificates is not None else ():
+        Log(settings.log_level, settings.log_format).warning(warning)
+    return certificates
+
+
+def _see_whether_watched(settings: Settings, certificates: Certificates) -> None:
+    from apphost.worker.certificates import unreadable
+
+    hidden = unreadable(settings)
+    certificates.watched = not hidden
+    if hidden and settings.tls_watch_interval:
+        Log(settings.log_level, settings.log_format).info(
+            f"user {settings.user or os.getuid()} may not read {', '.join(hidden)}: the workers cannot see when "
+            "certificates are renewed, so send USR1 then"
+        )
 
 
 def _prepare_workers(settings: Settings) -> Any:

@@ -43,8 +43,8 @@ def setting(default: T, heading: str, does: str, **about: Any) -> T:
 
 
 _MAIN, _APP, _PROCESS = "Main settings", "Application", "Process"
-_TIME, _RECYCLE, _LIMITS, _HTTP, _WS, _LOGS = (
-    "Timeouts", "Recycling of workers", "Limits", "HTTP", "WebSockets", "Logs"
+_TIME, _RECYCLE, _LIMITS, _HTTP, _TLS, _WS, _LOGS = (
+    "Timeouts", "Recycling of workers", "Limits", "HTTP", "TLS", "WebSockets", "Logs"
 )  # fmt: skip
 
 
@@ -58,7 +58,7 @@ class Settings:
         "What to serve: `module:attribute`, `module:factory` with `factory`, or a module alone.",
         clean=clean_app, argument="APP")
     bind: tuple[str, ...] = setting(("127.0.0.1:8000",), _MAIN,
-        "Where to listen: `HOST:PORT`, `[IPV6]:PORT`, `unix:PATH`; can be repeated.",
+        "Where to listen: `HOST:PORT`, `[IPV6]:PORT`, `unix:PATH`, `http://HOST:PORT` for no TLS; can be repeated.",
         short="-b", separator=",", clean=clean_bind, reloadable=False, metavar="ADDRESS",
         convention=("PORT", lambda port: [f"0.0.0.0:{port}"]))
     workers: int = setting(1, _MAIN,
@@ -170,6 +170,29 @@ class Settings:
         choices=("drop", "refuse", "allow"))
     server_header: bool = setting(True, _HTTP, "Send the header `Server`.")
     date_header: bool = setting(True, _HTTP, "Send the header `Date`.")
+
+    tls_certfile: tuple[str, ...] = setting((), _TLS,
+        "Certificate in PEM, with the chain behind it. With it all TCP listeners speak TLS, except those bound as "
+        "`http://HOST:PORT`. Repeated, the host name that a client asks for chooses; the first is for all others.",
+        separator=os.pathsep, metavar="FILE")
+    tls_keyfile: tuple[str, ...] = setting((), _TLS,
+        "Private key in PEM, one for each `tls_certfile` and in their order; without any the keys are in those files.",
+        separator=os.pathsep, metavar="FILE")
+    tls_ca_certs: str = setting("", _TLS, "CA certificates in PEM that client certificates are checked with.",
+        metavar="FILE")
+    tls_client_certs: str = setting("none", _TLS,
+        "Ask clients for a certificate; one that is not valid ends the handshake in any case.",
+        choices=("none", "optional", "required"))
+    tls_minimum: str = setting("1.2", _TLS, "Oldest version of TLS.", choices=("1.2", "1.3"))
+    tls_ciphers: str = setting("", _TLS,
+        "Cipher suites of TLS 1.2, as OpenSSL writes them; empty is Python's choice. Those of TLS 1.3 are fixed.",
+        metavar="LIST")
+    # What Go's http.DefaultTransport gives it; asyncio and nginx take 60 s, which is long for two round trips.
+    tls_handshake_timeout: float = setting(10.0, _TLS,
+        "The handshake must be complete within this.", unit="s", low=0.01, high=_WEEK)
+    # The rhythm in which Kubernetes renews mounted secrets, and some stat calls a minute cost nothing.
+    tls_watch_interval: float = setting(60.0, _TLS,
+        "Look for renewed certificates after this; 0 is never, then a reload takes them.", unit="s", low=0, high=_WEEK)
 
     ws: str = setting("auto", _WS,
         "Serve WebSockets; with `none` their handshakes are requests like any other.", choices=("auto", "none"))

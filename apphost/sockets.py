@@ -37,6 +37,18 @@ class Address:
     port: int = 0
     path: str = ""
     fd: int = -1
+    scheme: str = ""  # http or https, where the text says it
+
+
+class Listener(socket.socket):
+    """A listening socket. `plain`: no TLS here, whether there are certificates or not."""
+
+    plain = False
+
+    @property
+    def may_tls(self) -> bool:
+        """Whether TLS is spoken here where there are certificates. On a Unix socket it would protect nothing."""
+        return not self.plain and self.family != socket.AF_UNIX
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +67,8 @@ Identity = tuple[int, int, int]
 def parse_bind(text: str) -> Address:
     """Parse `HOST:PORT`, `[IPV6]:PORT`, `unix:PATH` or `fd://N`. Pure. Raises `ValueError` that says what is expected.
 
-    An empty host or `*` means every IPv4 interface; port 0 lets the system choose one.
+    An empty host or `*` means every IPv4 interface; port 0 lets the system choose one. `http://` in front of a host is
+    no TLS in spite of certificates, `https://` insists on it.
     """
     if text.startswith("unix:"):
         return _parse_unix(text)
@@ -64,14 +77,17 @@ def parse_bind(text: str) -> Address:
         if not (number.isascii() and number.isdigit()):
             raise ValueError("expected fd://N with the number of an open descriptor")
         return Address(text, fd=int(number))
-    match = _TCP.fullmatch(text)
+    scheme, found, rest = text.partition("://")
+    if not found or scheme not in ("http", "https"):
+        scheme, rest = "", text
+    match = _TCP.fullmatch(rest)
     if match is None:
         raise ValueError("expected HOST:PORT, [IPV6]:PORT, unix:PATH or fd://N, such as 127.0.0.1:8000")
     port = int(match["port"])
     if port > 65535:
         raise ValueError(f"a port is at most 65535, not {port}")
     host = match["v6"] or match["host"]
-    return Address(text, host="0.0.0.0" if host in ("", "*") else host, port=port)
+    return Address(text, host="0.0.0.0" if host in ("", "*") else host, port=port, scheme=scheme)
 
 
 def _parse_unix(text: str) -> Address:
@@ -88,7 +104,7 @@ def _parse_unix(text: str) -> Address:
     return Address(text, path=path)
 
 
-def open_listeners(address: Address, backlog: int, access: Access = Access()) -> list[socket.socket]:
+def open_listeners(address: Address, backlog: int, access: Access = Access()) -> list[Listener]:
     """Listening, non-blocking, close-on-exec sockets for `address`; a host name can stand for several.
 
     `access` is for Unix sockets that are made. Raises `AddressError` with a paragraph that says what is in the way.
@@ -101,7 +117,7 @@ def open_listeners(address: Address, backlog: int, access: Access = Access()) ->
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as exc:
         raise AddressError(f"cannot listen at {address.text}: {address.host!r} is unknown ({exc.strerror})") from None
-    listeners: list[socket.socket] = []
+    listeners: list[Listener] = []
     try:
         for family, sockaddr in dict.fromkeys((entry[0], entry[4]) for entry in found):
             listeners.append(_listen_tcp(address, family, sockaddr, backlog))
@@ -112,10 +128,9 @@ def open_listeners(address: Address, backlog: int, access: Access = Access()) ->
     return listeners
 
 
-def _listen_tcp(
-    address: Address, family: socket.AddressFamily, sockaddr: tuple[object, ...], backlog: int
-) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
+def _listen_tcp(address: Address, family: socket.AddressFamily, sockaddr: tuple[object, ...], backlog: int) -> Listener:
+    sock = Listener(family, socket.SOCK_STREAM)
+    sock.plain = address.scheme == "http"
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(sockaddr)
@@ -139,9 +154,9 @@ def _why(exc: OSError, address: Address) -> str:
     return exc.strerror or str(exc)
 
 
-def _adopt(address: Address) -> socket.socket:
+def _adopt(address: Address) -> Listener:
     try:
-        sock = socket.socket(fileno=address.fd)
+        sock = Listener(fileno=address.fd)
         listening = sock.getsockopt(socket.SOL_SOCKET, getattr(socket, "SO_ACCEPTCONN", 30))
     except OSError as exc:
         raise AddressError(
@@ -157,8 +172,8 @@ def _adopt(address: Address) -> socket.socket:
     return sock
 
 
-def _listen_unix(address: Address, backlog: int, access: Access) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+def _listen_unix(address: Address, backlog: int, access: Access) -> Listener:
+    sock = Listener(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with _folder_lock(os.path.dirname(address.path) or "."):
             _make_room(address)
@@ -253,13 +268,16 @@ def _make_room(address: Address) -> None:
     raise AddressError(f"cannot listen at {address.text}: another process is listening there already")
 
 
-def describe(sock: socket.socket) -> str:
-    """Where a listener really listens: `http://127.0.0.1:8000`, `http://[::1]:8000`, `unix:/run/app.sock`."""
+def describe(sock: Listener, tls: bool = False) -> str:
+    """Where a listener really listens: `http://127.0.0.1:8000`, `http://[::1]:8000`, `unix:/run/app.sock`.
+
+    `tls`: there are certificates.
+    """
     name = sock.getsockname()
     if sock.family == socket.AF_UNIX:
         return f"unix:{os.fsdecode(name)}"
     host = f"[{name[0]}]" if sock.family == socket.AF_INET6 else name[0]
-    return f"http://{host}:{name[1]}"
+    return f"{'https' if tls and sock.may_tls else 'http'}://{host}:{name[1]}"
 
 
 def identify(path: str) -> Identity:

@@ -81,6 +81,26 @@ _RELATIONS = (
         "app", "factory", lambda app, factory: factory or not app.endswith("()"),
         "{0} is a call, so add --factory, or name the application itself; now {1}",
     ),
+    _Relation(
+        "bind", "tls_certfile", lambda bind, files: bool(files) or not any(each.startswith("https:") for each in bind),
+        "{0} asks for TLS, which needs a certificate; now {1}",
+    ),
+    _Relation(
+        "tls_keyfile", "tls_certfile", lambda keys, files: not keys or len(keys) == len(files),
+        "{0} must be one file for each of {1}",
+    ),
+    _Relation(
+        "tls_client_certs", "tls_certfile", lambda asked, files: asked == "none" or bool(files),
+        "{0} needs TLS, with a certificate of the server's own; now {1}",
+    ),
+    _Relation(
+        "tls_client_certs", "tls_ca_certs", lambda asked, ca: asked == "none" or bool(ca),
+        "{0} needs the certificates of the CA that has signed those of the clients; now {1}",
+    ),
+    _Relation(
+        "tls_ca_certs", "tls_client_certs", lambda ca, asked: not ca or asked != "none",
+        "{0} would check nobody, since no client is asked for a certificate; now {1}",
+    ),
 )  # fmt: skip
 
 

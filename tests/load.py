@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import ssl
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -169,8 +170,16 @@ class Load:
     pause: seconds between two requests of one client.
     """
 
-    def __init__(self, address: Address, clients: int = 4, pause: float = 0.005, timeout: float = 10.0) -> None:
+    def __init__(
+        self,
+        address: Address,
+        clients: int = 4,
+        pause: float = 0.005,
+        timeout: float = 10.0,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.address = address
+        self.tls = tls
         self.pause = pause
         self.timeout = timeout
         self.report = Report()
@@ -203,7 +212,7 @@ class Load:
         for method, body in self._requests(number):
             try:
                 if client is None:
-                    client = RawClient(self.address, self.timeout)
+                    client = RawClient(self.address, self.timeout, self.tls)
                     self._count(connections=1)
                 response = client.request(method, "/", (), body)
                 self._note(check(response, body))

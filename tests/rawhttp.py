@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import ssl
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -30,7 +31,17 @@ class Response:
         return values[0] if values else None
 
 
-def connect(address: Address, timeout: float = 20.0) -> socket.socket:
+def connect(
+    address: Address, timeout: float = 20.0, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1"
+) -> socket.socket:
+    """A connected socket; with `tls`, after the handshake with `host`, and an end without close_notify is an error."""
+    if tls is not None:
+        plain = connect(address, timeout)
+        try:
+            return tls.wrap_socket(plain, server_hostname=host, suppress_ragged_eofs=False)
+        except BaseException:
+            plain.close()
+            raise
     if isinstance(address, str):
         sock = socket.socket(socket.AF_UNIX)
         sock.settimeout(timeout)
@@ -67,8 +78,10 @@ class RawClient:
     A malformed response, a connection that ends in the middle of one, and a timeout are AssertionErrors.
     """
 
-    def __init__(self, address: Address, timeout: float = 20.0) -> None:
-        self.sock = connect(address, timeout)
+    def __init__(
+        self, address: Address, timeout: float = 20.0, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1"
+    ) -> None:
+        self.sock = connect(address, timeout, tls, host)
         self._buffer = b""
         self._at_end = False
 

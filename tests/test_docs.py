@@ -41,11 +41,12 @@ FOREIGN = {
     "README.md": {
         "--no-deps", "--no-cache-dir",
         "--host", "--port", "--uds", "--fd", "--timeout-worker-healthcheck", "--timeout-graceful-shutdown",
-        "--timeout-keep-alive", "--access-logfile", "--certfile", "--forwarded-allow-ips",
-        "--ssl-certfile", "--proxy-headers", "--reload", "--ws-max-size",
+        "--timeout-keep-alive", "--access-logfile", "--certfile", "--keyfile", "--forwarded-allow-ips",
+        "--ssl-certfile", "--ssl-keyfile", "--proxy-headers", "--reload", "--ws-max-size",
     },
     "deploy.md": {"--no-deps", "--no-cache-dir"},
     "settings.md": {"--write", "--name", "--no-name"},
+    "tls.md": {"--webroot", "--deploy-hook"},
 }  # fmt: skip
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]*[a-z0-9]")
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)

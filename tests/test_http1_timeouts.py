@@ -180,6 +180,22 @@ def test_closing_does_not_wait_for_ever(peer: Peer) -> None:
     assert peer.transport.aborted
 
 
+def test_closing_waits_for_a_client_that_reads_slowly(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last answer may be long: it is cut only when nothing of it goes out any more."""
+    left = 1000
+    monkeypatch.setattr(peer.transport, "get_write_buffer_size", lambda: left)
+    peer.send(GET.replace(b"Host", b"Connection: close\r\nHost"))
+    peer.last.answer()
+    peer.after(TIMEOUTS.linger + RESOLUTION)
+    assert peer.transport.closed
+    for _ in range(5):
+        left -= 100
+        peer.after(TIMEOUTS.write + RESOLUTION)
+        assert not peer.transport.aborted
+    peer.after(TIMEOUTS.write + RESOLUTION)
+    assert peer.transport.aborted
+
+
 @pytest.mark.parametrize(("draining", "patience"), [(False, TIMEOUTS.linger), (True, TIMEOUTS.linger_draining)])
 def test_lingering_ends(peer: Peer, draining: bool, patience: float) -> None:
     """P12: after its time, though the client goes on sending."""

@@ -359,6 +359,13 @@ def test_the_short_way_of_a_response_in_one_piece_is_the_long_way(
     assert expected == unplain
 
 
+class _Calm:
+    """The context of a worker that serves."""
+
+    draining = closing = False
+    server_fields = ServerFields(date=False, server=True)
+
+
 def _written(
     status: int,
     method: str,
@@ -369,7 +376,7 @@ def _written(
     plain: bool,
 ) -> tuple[bytes, bool, int]:
     class Wire:
-        context = type("Context", (), {"closing": False, "server_fields": ServerFields(date=False, server=True)})()
+        context = _Calm()
         scheme, client, server, connected = "http", None, ("a", 1), True
 
         def __init__(self) -> None:

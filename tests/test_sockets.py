@@ -29,6 +29,9 @@ from apphost.sockets import Access, Address, describe, identify, open_listeners,
         ("*:65535", {"host": "0.0.0.0", "port": 65535}),
         ("[::1]:8000", {"host": "::1", "port": 8000}),
         ("[fe80::1%eth0]:1", {"host": "fe80::1%eth0", "port": 1}),
+        ("http://localhost:80", {"host": "localhost", "port": 80, "scheme": "http"}),
+        ("https://[::1]:443", {"host": "::1", "port": 443, "scheme": "https"}),
+        ("https://:443", {"host": "0.0.0.0", "port": 443, "scheme": "https"}),
         ("unix:/run/app.sock", {"path": "/run/app.sock"}),
         ("unix:///run/app.sock", {"path": "/run/app.sock"}),
         ("unix:app.sock", {"path": "app.sock"}),
@@ -59,7 +62,10 @@ def test_parse(text: str, expected: dict[str, str | int]) -> None:
         ("::1:80", "expected HOST:PORT"),
         ("[]:80", "expected HOST:PORT"),
         ("[::1]", "expected HOST:PORT"),
-        ("http://x:80", "expected HOST:PORT"),
+        ("ftp://x:80", "expected HOST:PORT"),
+        ("http://x", "expected HOST:PORT"),
+        ("https://unix:a", "expected HOST:PORT"),
+        ("http://https://x:80", "expected HOST:PORT"),
         ("unix:", "expected unix:PATH"),
         ("unix://", "expected unix:PATH"),
         ("unix:a\0b", "expected unix:PATH"),
@@ -96,8 +102,16 @@ def test_tcp() -> None:
         assert not sock.getblocking()
         assert not sock.get_inheritable()
         assert describe(sock) == f"http://127.0.0.1:{sock.getsockname()[1]}"
+        assert describe(sock, tls=True) == f"https://127.0.0.1:{sock.getsockname()[1]}"
         with socket.create_connection(sock.getsockname()), wait_accept(sock) as accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_plain_in_spite_of_certificates() -> None:
+    (sock,) = open_listeners(parse_bind("http://127.0.0.1:0"), 17)
+    with sock:
+        assert sock.plain
+        assert describe(sock, tls=True) == f"http://127.0.0.1:{sock.getsockname()[1]}"
 
 
 def wait_accept(sock: socket.socket) -> socket.socket:
@@ -157,7 +171,8 @@ def test_unix_and_unlink_own(tmp_path: Path) -> None:
     path = tmp_path / "app.sock"
     (sock,) = open_listeners(parse_bind(f"unix:{path}"), 5)
     with sock:
-        assert describe(sock) == f"unix:{path}"
+        assert describe(sock) == describe(sock, tls=True) == f"unix:{path}"
+        assert not sock.may_tls
         assert stat.S_ISSOCK(path.stat().st_mode)
         own = identify(str(path))
         for other in ((own[0], own[1] + 1, own[2]), (own[0], own[1], own[2] - 1)):

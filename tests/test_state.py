@@ -106,6 +106,7 @@ def example(make: Callable[[bytes], Channel], fleet: Fleet | None = None) -> Arb
         leaving=[ForkServer(1, 99, gone, 22)],
         own_sockets={"/run/x": (2049, 123456789012, 1_700_000_000_123_456_789)},
         pidfile=("/run/apphost.pid", 5),
+        plain=[4],
     )
 
 

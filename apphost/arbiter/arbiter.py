@@ -36,6 +36,7 @@ from apphost.lifecycle import State
 from apphost.logs import Log
 from apphost.messages import DUMP_SIGNAL, MAX_FDS, Channel, Message
 from apphost.settings import Settings
+from apphost.sockets import Listener
 from apphost.sources import Loaded, Source
 
 LOST_GRACE = 1.0  # s between the end of a worker's channel and the report of its exit, when all is well
@@ -59,7 +60,7 @@ class Arbiter:
         self,
         loaded: Loaded,
         source: Source,
-        listeners: list[socket.socket],
+        listeners: list[Listener],
         log: Log,
     ) -> None:
         self.upgrade: Upgrade | None = None  # None: it cannot replace its program

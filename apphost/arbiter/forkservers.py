@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable, Collection, Iterable
 
 from apphost.arbiter.hub import Hub
 from apphost.arbiter.processes import Failure, ForkServer, read_last_words, start_fork_server
 from apphost.messages import Message
 from apphost.settings import Settings
+from apphost.sockets import Listener
 from apphost.sources import Source
 
 REST_READS = 17  # of a dead process's channel: a read takes 64 KiB at most, and a message may have 1 MiB
@@ -19,7 +19,7 @@ class ForkServers:
     """All of them, by generation. `of_worker`: what they tell of workers (`forked`, `exited`)."""
 
     def __init__(
-        self, hub: Hub, source: Source, listeners: list[socket.socket], of_worker: Callable[[ForkServer, Message], None]
+        self, hub: Hub, source: Source, listeners: list[Listener], of_worker: Callable[[ForkServer, Message], None]
     ) -> None:
         self._hub = hub
         self._source = source

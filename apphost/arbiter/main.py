@@ -6,7 +6,6 @@ import dataclasses
 import os
 import platform
 import signal
-import socket
 import time
 
 import apphost
@@ -20,7 +19,7 @@ from apphost.errors import ExitCode
 from apphost.logs import Log
 from apphost.privileges import find_group, find_user, parse_owner, resolve
 from apphost.settings import Settings
-from apphost.sockets import Access, Identity, describe, identify, open_listeners, parse_bind, unlink_own
+from apphost.sockets import Access, Identity, Listener, describe, identify, open_listeners, parse_bind, unlink_own
 from apphost.sources import Loaded, Source
 
 
@@ -65,7 +64,9 @@ def resume(word: str) -> int:
         os.set_inheritable(fd, False)
     _set_title(settings.proc_name)
     pidfile = PidFile.adopt(*state.pidfile) if state.pidfile is not None else None
-    listeners = [socket.socket(fileno=fd) for fd in state.listeners]
+    listeners = [Listener(fileno=fd) for fd in state.listeners]
+    for listener in listeners:
+        listener.plain = listener.fileno() in state.plain
     try:
         arbiter = Arbiter(Loaded(settings, {}), source, listeners, log)
         take_over(arbiter, state)
@@ -145,9 +146,9 @@ def _access(settings: Settings) -> Access:
     return Access(settings.unix_socket_mode, find_user(user) if user else uid, find_group(group) if group else gid)
 
 
-def _listen(settings: Settings, access: Access, own: dict[str, Identity]) -> list[socket.socket]:
+def _listen(settings: Settings, access: Access, own: dict[str, Identity]) -> list[Listener]:
     """Open every listener, all or none; `own` notes the Unix sockets that were made, for removal at the end."""
-    listeners: list[socket.socket] = []
+    listeners: list[Listener] = []
     for text in settings.bind:
         address = parse_bind(text)
         listeners += open_listeners(address, settings.backlog, access)
@@ -156,7 +157,7 @@ def _listen(settings: Settings, access: Access, own: dict[str, Identity]) -> lis
     return listeners
 
 
-def _say_hello(loaded: Loaded, listeners: list[socket.socket], log: Log) -> None:
+def _say_hello(loaded: Loaded, listeners: list[Listener], log: Log) -> None:
     settings = loaded.settings
     log.info(
         f"apphost {apphost.__version__} on Python {platform.python_version()} starts {settings.app} with "
@@ -165,7 +166,8 @@ def _say_hello(loaded: Loaded, listeners: list[socket.socket], log: Log) -> None
     for warning in loaded.warnings:
         log.warning(warning)
     for listener in listeners:
-        log.info(f"listening at {describe(listener)}", address=describe(listener))
+        address = describe(listener, bool(settings.tls_certfile))
+        log.info(f"listening at {address}", address=address)
 
 
 def _set_title(name: str) -> None:

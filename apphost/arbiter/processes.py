@@ -13,6 +13,7 @@ from apphost.errors import ExitCode
 from apphost.forkserver import COMMAND
 from apphost.messages import PROTOCOL_VERSION, Channel, Message
 from apphost.settings import Settings
+from apphost.sockets import Listener
 from apphost.sources import Source
 
 LAST_WORDS_MAX = 65536  # bytes read of a worker's last words: the stacks of some hundred threads
@@ -82,7 +83,7 @@ class WorkerProcess:
         kill(self.pid, number)
 
 
-def start_fork_server(generation: int, source: Source, listeners: list[socket.socket], running: Settings) -> ForkServer:
+def start_fork_server(generation: int, source: Source, listeners: list[Listener], running: Settings) -> ForkServer:
     """Start a fresh interpreter as the fork server of `generation` and send it its configuration.
 
     It reads the settings anew, but for those that need a restart: they stay as they are in `running`.
@@ -100,8 +101,9 @@ def start_fork_server(generation: int, source: Source, listeners: list[socket.so
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
     theirs.close()
     channel = Channel(ours)
+    plain = [listener.fileno() for listener in listeners if listener.plain]
     config = {"protocol": PROTOCOL_VERSION, "generation": generation, "source": source.to_wire(), "listeners": fds}
-    channel.send({"t": "config", **config, "running": running.to_wire()})
+    channel.send({"t": "config", **config, "plain": plain, "running": running.to_wire()})
     return ForkServer(generation, pid, channel, dump)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from apphost.arbiter.fleet import Fleet, Worker
@@ -36,7 +36,8 @@ class ArbiterState:
     """Everything. Descriptors stay open across exec, and the monotonic clock that times are of goes on.
 
     leaving: fork servers whose channels have ended, so only their exits are awaited. own_sockets: path and
-    identity of the Unix sockets to remove at the end. pidfile: path and locked descriptor.
+    identity of the Unix sockets to remove at the end. pidfile: path and locked descriptor. plain: those of `listeners`
+    where no TLS is spoken in any case.
     """
 
     fleet: Fleet
@@ -48,6 +49,7 @@ class ArbiterState:
     leaving: list[ForkServer]
     own_sockets: dict[str, Identity]
     pidfile: tuple[str, int] | None
+    plain: list[int] = field(default_factory=list)
 
     @property
     def descriptors(self) -> list[int]:
@@ -79,6 +81,7 @@ class ArbiterState:
                 leaving=[_process(ForkServer, each, open_channel) for each in wire["leaving"]],
                 own_sockets={path: _identity(each) for path, each in wire["own_sockets"].items()},
                 pidfile=(str(pidfile[0]), int(pidfile[1])) if pidfile is not None else None,
+                plain=[int(fd) for fd in wire.get("plain", ())],
             )
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as exc:
             raise StateError(f"{type(exc).__name__}: {exc}") from None

@@ -152,6 +152,7 @@ class Upgrade:
             leaving=arbiter.fork_servers.leaving,
             own_sockets=self._own_sockets,
             pidfile=self._pidfile,
+            plain=[listener.fileno() for listener in arbiter.listeners if listener.plain],
         )
 
 

@@ -37,11 +37,13 @@ class Context:
 
     interface: to be set before the first connection is made.
     websockets: what holds for them; None where they are not served.
-    draining: the worker wants to go. closing: every response says `Connection: close`.
+    draining: the worker wants to go; responses say `Connection: close` where the connection can never move.
+    closing: they all say it.
     on_idle: called with each connection that has come to wait for a request (so that it can move), None: not wanted.
     on_socket: called with each connection that becomes a WebSocket, None: not wanted.
     requests: responses finished so far, of all connections; errors: those of them that were 5xx or cut short.
-    on_enough: called when `requests` reaches `requests_wanted`. on_closed: called after a connection has ended.
+    on_enough: called when `requests` reaches `requests_wanted`. on_closed: called after a connection has ended, or
+    has not come about.
     """
 
     __slots__ = (

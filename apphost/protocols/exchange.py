@@ -179,7 +179,7 @@ class Exchange(Stream):
                 and size <= COPY_MAX
                 and head.version == "1.1"
                 and head.method != "HEAD"
-                and not self.context.closing
+                and not self.context.draining
             ):
                 self._write_whole(response, data, size)
                 return
@@ -238,7 +238,7 @@ class Exchange(Stream):
         self.keep_alive = keep_alive = (
             self.keep_alive
             and not response.close
-            and not context.closing
+            and not (context.closing or (context.draining and self.connection.fixed))
             and self._framing is not _CLOSE
             and response.status >= 200
             and (self.decoder is None or self.decoder.done or self._worth_discarding())

@@ -50,6 +50,7 @@ class Connection(Wire):
     """
 
     __slots__ = ("_capsule",)
+    exchange_type = Exchange
 
     def __init__(self, context: Context, capsule: Capsule | None = None) -> None:
         super().__init__(context)
@@ -195,7 +196,7 @@ class Connection(Wire):
             decoder = None
             if head.content_length or head.chunked:
                 decoder = decoder_for(head.content_length, head.chunked, context.limits)
-            exchange = Exchange(self, head, decoder)
+            exchange = self.exchange_type(self, head, decoder)
             if head.upgrade:
                 self._read_handshake(exchange)
             if rest and decoder is not None:
@@ -494,5 +495,5 @@ _BEHAVIOUR = {
     Phase.DISCARDING: _Behaviour(Connection._discard, Connection.close, Connection.linger),
     Phase.MOVING: _Behaviour(Connection._keep_moving, Connection._ignore, Connection._ignore),
     Phase.LINGERING: _Behaviour(Connection._ignore, Connection.close, Connection.close),
-    Phase.CLOSED: _Behaviour(Connection._ignore, Connection._ignore, Connection.abort),
+    Phase.CLOSED: _Behaviour(Connection._ignore, Connection._ignore, Connection.overdue),
 }

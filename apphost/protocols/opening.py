@@ -33,7 +33,9 @@ class Opening:
         self._exchange: Exchange | None = exchange
         self._handshake = handshake
         self.head = exchange.head
-        self.policy = self.options.policy(unquote_to_bytes(exchange.head.raw_path).decode("utf-8", "replace"))
+        self.policy = Policy.CLOSE
+        if not exchange.connection.fixed:
+            self.policy = self.options.policy(unquote_to_bytes(exchange.head.raw_path).decode("utf-8", "replace"))
         self.rejoined: WebSocket | None = None
         self.state: bytes | None = None
 

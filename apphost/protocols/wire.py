@@ -63,6 +63,8 @@ class Wire(asyncio.Protocol, ABC):
         "write_paused",
     )
 
+    fixed = False  # True: it can never move, because there is more to it than its socket
+
     transport: asyncio.Transport
     exchange: Exchange | None
     websocket: WebSocket | None
@@ -111,8 +113,18 @@ class Wire(asyncio.Protocol, ABC):
         """Close after what is written has gone out."""
         self.exchange = None
         self.phase = _CLOSED
+        self.unsent = self.transport.get_write_buffer_size()
         self._arm(self.context.loop.time() + self.context.timeouts.write)
         self.transport.close()
+
+    def overdue(self) -> None:
+        """Closed long ago: abort, unless the client still reads what is left, only not as fast as we wrote."""
+        left = self.transport.get_write_buffer_size()
+        if left < self.unsent or self.write_paused:  # the latter has a time-out of its own
+            self.unsent = left
+            self._arm(self.context.loop.time() + self.context.timeouts.write)
+        else:
+            self.abort()
 
     def linger(self) -> None:
         """Say that nothing more comes, and read on for a while: closing with unread bytes would send a reset, and a
@@ -189,7 +201,7 @@ class Wire(asyncio.Protocol, ABC):
         """A duplicate of the socket's descriptor for writing past the transport, None when that cannot be done."""
         transport = self.transport
         sock = transport.get_extra_info("socket")
-        if sock is None or transport.get_extra_info("sslcontext") is not None or transport.get_write_buffer_size():
+        if sock is None or self.fixed or transport.get_write_buffer_size():
             return None
         return os.dup(sock.fileno())
 
@@ -205,12 +217,12 @@ class Wire(asyncio.Protocol, ABC):
         transport = self.transport
         return (
             (self.phase is _WAITING or self.phase is _HEAD or self._at_rest)
+            and not self.fixed
             and not self.eof
             and not self.write_paused
             and len(self.buffer) <= BYTES_MAX
             and not transport.is_closing()
             and not transport.get_write_buffer_size()
-            and transport.get_extra_info("sslcontext") is None
         )
 
     @property

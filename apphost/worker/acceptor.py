@@ -10,6 +10,8 @@ from collections.abc import Callable
 from apphost.logs import Log
 from apphost.protocols.context import Context
 from apphost.protocols.http1 import Connection
+from apphost.protocols.tls import TlsConnection, TlsTransport
+from apphost.worker.certificates import Tls
 
 BATCH = 4  # accepts a turn of the loop: enough to keep up, few enough that the other workers get their share
 EXHAUSTED_PAUSE = 1.0  # s without accepting after the system said that it has no descriptors or memory
@@ -26,12 +28,14 @@ class Acceptor:
         context: Context,
         log: Log,
         has_room: Callable[[], bool],
+        tls: Tls | None = None,
     ) -> None:
         self._loop = loop
         self._listener = listener
         self._context = context
         self._log = log
         self._has_room = has_room
+        self._tls = tls
         self._reading = False
         self._stopped = False
         self._retry: asyncio.TimerHandle | None = None
@@ -58,6 +62,12 @@ class Acceptor:
             while self._has_room() and self._accept():
                 pass
         self._listener.close()
+
+    def give_up(self) -> None:
+        """The worker goes: end the TLS handshakes that are not complete."""
+        if self._tls is not None:
+            for task in self.opening:
+                task.cancel()
 
     def _readable(self) -> None:
         for _ in range(BATCH):
@@ -86,15 +96,33 @@ class Acceptor:
         sock.setblocking(False)
         task = self._loop.create_task(self._open(sock))
         self.opening.add(task)
-        task.add_done_callback(self.opening.discard)
+        task.add_done_callback(self._opened)
         return True
+
+    def _opened(self, task: asyncio.Task[None]) -> None:
+        self.opening.discard(task)
+        if not self._reading:  # one that has failed may have been what others wait for
+            self._context.on_closed()
 
     async def _open(self, sock: socket.socket) -> None:
         try:
-            await self._loop.connect_accepted_socket(lambda: Connection(self._context), sock)
+            if self._tls is None:
+                await self._loop.connect_accepted_socket(lambda: Connection(self._context), sock)
+            else:
+                await self._open_tls(self._tls, sock)
         except OSError as exc:
             self._log.debug(f"a connection ended before it began: {exc.strerror}")
             sock.close()
+
+    async def _open_tls(self, tls: Tls, sock: socket.socket) -> None:
+        """Until the handshake has ended, so that one that takes long counts as a connection."""
+        context, log = self._context, self._log
+        transport = TlsTransport(self._loop, tls.context, lambda: TlsConnection(context), log, tls.patience)
+        await self._loop.connect_accepted_socket(lambda: transport, sock)
+        try:
+            await transport.settled
+        finally:
+            transport.give_up()
 
     def _try_again(self) -> None:
         self._retry = None

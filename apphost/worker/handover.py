@@ -95,7 +95,7 @@ class Sender:
 
     def offer(self, connection: Connection) -> None:
         """Move `connection` as soon as there is room, if it can be moved then."""
-        if connection.phase is Phase.CLOSED:
+        if connection.phase is Phase.CLOSED or connection.fixed:
             return
         connection.tell_when_flushed()
         self._queue[connection] = None

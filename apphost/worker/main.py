@@ -7,7 +7,6 @@ import faulthandler
 import os
 import resource
 import signal
-import socket
 import time
 from dataclasses import dataclass
 from types import FrameType
@@ -17,6 +16,8 @@ from apphost.errors import ApphostError, ExitCode, user_traceback
 from apphost.logs import Log, hide_queries
 from apphost.messages import DUMP_SIGNAL, Channel
 from apphost.settings import Settings
+from apphost.sockets import Listener
+from apphost.worker.certificates import Certificates
 from apphost.worker.loading import choose_loop, choose_parser, detect_interface, load_application, modern_asgi
 from apphost.worker.server import Server
 
@@ -34,16 +35,18 @@ class Assignment:
     """What a worker is told at its fork.
 
     dump: the descriptor of the file for its last words. access_log: that of the access log, None without one.
-    app: the application, if the fork server has imported it.
+    app: the application, if the fork server has imported it. certificates: for TLS, read before the fork server has
+    given its privileges up.
     """
 
     wid: int
     generation: int
     settings: Settings
-    listeners: list[socket.socket]
+    listeners: list[Listener]
     dump: int
     access_log: int | None = None
     app: Any = None
+    certificates: Certificates | None = None
 
     @property
     def name(self) -> str:

@@ -23,6 +23,7 @@ from apphost.protocols.response import ServerFields
 from apphost.protocols.strict import Limits
 from apphost.protocols.websocket import WebSocketOptions, read_on_reload
 from apphost.worker.acceptor import Acceptor
+from apphost.worker.certificates import Tls
 from apphost.worker.handover import Receiver, Sender
 from apphost.worker.loading import load_plugin
 from apphost.worker.parting import Parting, Ways
@@ -60,6 +61,7 @@ class Server:
         self.drained = asyncio.Event()
         self._stopping = False  # the drain is for a stop: nobody takes our connections
         self._tick_handle: asyncio.TimerHandle | None = None
+        self._tls = self._make_tls()
         self._recycling = Recycling(self.settings, loop.time())
 
     def _make_context(self, parser: HeadParser) -> Context:
@@ -86,6 +88,10 @@ class Server:
             server_fields=ServerFields(date=settings.date_header, server=settings.server_header),
             underscores=settings.underscore_headers,
         )
+
+    def _make_tls(self) -> Tls | None:
+        certificates = self.assignment.certificates
+        return Tls(self.settings, certificates, self.log, self.assignment.name) if certificates is not None else None
 
     def _websocket_options(self) -> WebSocketOptions | None:
         settings = self.settings
@@ -149,8 +155,11 @@ class Server:
         context.on_closed = self._connection_closed
         context.requests_wanted = self._recycling.requests
         context.on_enough = self._ask_for_successor
+        if self._tls is not None:
+            self._tls.start(self.loop)
         for listener in self.assignment.listeners:
-            acceptor = Acceptor(self.loop, listener, context, self.log, self._has_room)
+            tls = self._tls if listener.may_tls else None
+            acceptor = Acceptor(self.loop, listener, context, self.log, self._has_room, tls)
             self.acceptors.append(acceptor)
             acceptor.start()
         self._tick()
@@ -275,6 +284,8 @@ class Server:
             self.context.draining = True
             for acceptor in self.acceptors:
                 acceptor.stop(take_rest=not successors)
+            if self._tls is not None:
+                self._tls.stop()
         self._stopping = self._stopping or stopping
         if successors and not self._stopping:
             self._move_connections(successors)
@@ -282,6 +293,7 @@ class Server:
             self._end_connections(stopping)
         else:
             self._part_sockets()  # there may be less time
+        self.loop.call_at(self.deadline - min(IDLE_STOP_GRACE, seconds / 2), self._close_idle)
         self.loop.call_at(self.deadline, self.drained.set)
         self._check_drained()
 
@@ -314,6 +326,8 @@ class Server:
     def _close_idle(self) -> None:
         for connection in list(self.context.connections):
             connection.close_idle()
+        for acceptor in self.acceptors:
+            acceptor.give_up()
 
     def _check_drained(self) -> None:
         """Set `drained` when nothing is left to finish."""
