@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Collection, Iterable
 
 from apphost.arbiter.hub import Hub
-from apphost.arbiter.processes import Failure, ForkServer, read_last_words, start_fork_server
+from apphost.arbiter.processes import Failure, ForkServer, kill, read_last_words, start_fork_server
 from apphost.messages import Message
 from apphost.settings import Settings
 from apphost.sockets import Listener
@@ -50,7 +51,7 @@ class ForkServers:
 
     def adopt(self, server: ForkServer) -> None:
         self.running[server.generation] = server
-        self._hub.listen(server.channel, lambda message: self._hear(server, message), lambda: self.lose(server))
+        self._hub.listen(server.channel, lambda message: self._hear(server, message), lambda: self._drop(server))
 
     def _hear(self, server: ForkServer, message: Message) -> None:
         kind = message["t"]
@@ -61,8 +62,13 @@ class ForkServers:
         else:
             self._of_worker(server, message)
 
+    def _drop(self, server: ForkServer) -> None:
+        """Its channel has ended, but not by us: it is dead, or it has said what no fork server says."""
+        kill(server.pid, signal.SIGKILL)
+        self.lose(server)
+
     def lose(self, server: ForkServer) -> None:
-        """Its channel has ended, so it gets no more orders; its exit is reaped in a moment."""
+        """It gets no more orders; its exit is reaped in a moment."""
         if self.running.get(server.generation) is server:
             del self.running[server.generation]
         self._hub.forget(server.channel)
