@@ -81,6 +81,10 @@ _RELATIONS = (
         "app", "factory", lambda app, factory: factory or not app.endswith("()"),
         "{0} is a call, so add --factory, or name the application itself; now {1}",
     ),
+    _Relation(
+        "proxy_protocol", "trusted_proxies", lambda on, trusted: trusted or not on,
+        "{0} says that proxies announce their clients, but no proxy is trusted: {1}",
+    ),
 )  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 from apphost.logs import Log
 from apphost.protocols.context import Context
-from apphost.protocols.http1 import Connection
+from apphost.protocols.proxied import new_connection
+from apphost.worker.introduction import Introductions
 
 BATCH = 4  # accepts a turn of the loop: enough to keep up, few enough that the other workers get their share
 EXHAUSTED_PAUSE = 1.0  # s without accepting after the system said that it has no descriptors or memory
@@ -27,6 +28,10 @@ class Acceptor:
         log: Log,
         has_room: Callable[[], bool],
     ) -> None:
+        rules = context.proxies
+        self._introductions: Introductions | None = None
+        if rules is not None and rules.protocol:
+            self._introductions = Introductions(loop, rules, context.timeouts.request_header, log)
         self._loop = loop
         self._listener = listener
         self._context = context
@@ -58,6 +63,8 @@ class Acceptor:
             while self._has_room() and self._accept():
                 pass
         self._listener.close()
+        if self._introductions is not None:
+            self._introductions.hurry()
 
     def _readable(self) -> None:
         for _ in range(BATCH):
@@ -70,7 +77,7 @@ class Acceptor:
     def _accept(self) -> bool:
         """Take one connection; False when there is none, or none can be taken."""
         try:
-            sock, _ = self._listener.accept()
+            sock, address = self._listener.accept()
         except (BlockingIOError, InterruptedError):
             return False
         except ConnectionAbortedError:
@@ -84,14 +91,19 @@ class Acceptor:
                 self._retry = self._loop.call_later(EXHAUSTED_PAUSE, self._try_again)
             return False
         sock.setblocking(False)
-        task = self._loop.create_task(self._open(sock))
+        peer = address[0] if isinstance(address, tuple) else None
+        task = self._loop.create_task(self._open(sock, peer))
         self.opening.add(task)
         task.add_done_callback(self.opening.discard)
         return True
 
-    async def _open(self, sock: socket.socket) -> None:
+    async def _open(self, sock: socket.socket, peer: str | None) -> None:
+        """`peer`: its address, None on a Unix socket."""
+        capsule = None
         try:
-            await self._loop.connect_accepted_socket(lambda: Connection(self._context), sock)
+            if self._introductions is not None:
+                capsule = await self._introductions.read(sock, peer)
+            await self._loop.connect_accepted_socket(lambda: new_connection(self._context, peer, capsule), sock)
         except OSError as exc:
             self._log.debug(f"a connection ended before it began: {exc.strerror}")
             sock.close()
