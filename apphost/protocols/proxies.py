@@ -22,6 +22,8 @@ from apphost.values import parse_network
 Address = tuple[str, int]
 
 HOPS_MAX = 32  # trusted proxies in a row; a chain has two or three, and what is longer is a loop or an attack
+_NODE_MAX = 128  # bytes of one address; with the name of an interface and a port it has 85
+_HOST_MAX = 262  # bytes: a name has at most 253 (RFC 1035, 2.3.4), and there may be a dot, brackets and a port
 _CACHED = 1024  # addresses whose meaning is kept; clients choose them, so there is a bound
 
 _SCHEMES = {b"http": "http", b"https": "https", b"ws": "http", b"wss": "https"}
@@ -114,7 +116,7 @@ class ProxyRules:
         self.complained = False  # the log says once, not at each request, that a trusted proxy writes nonsense
         names = {f"x-forwarded-{field}".encode(): field for field in self.fields}
         self._names = names if family == "x-forwarded" else {b"forwarded": "forwarded"}
-        self._hop = lru_cache(_CACHED)(self._read_hop)
+        self._known_hop = lru_cache(_CACHED)(self._read_hop)
 
     def believes(self, peer: str | None) -> bool:
         """Whether headers of this peer are looked at, see `TrustList.trusts_peer`."""
@@ -163,9 +165,13 @@ class ProxyRules:
             _read_prefix(chosen["prefix"]) if "prefix" in chosen else "",
         )
 
-    def _read_hop(self, text: bytes, bare: bool) -> Hop | None:
+    def _hop(self, text: bytes, bare: bool) -> Hop | None:
         """The meaning of one address, None if it has none. `bare`: IPv6 may do without brackets, and nginx's word for
         a Unix socket is known."""
+        # What is longer is no address; the expressions are not made for it, and the cache must not hold it.
+        return self._known_hop(text, bare) if len(text) <= _NODE_MAX else None
+
+    def _read_hop(self, text: bytes, bare: bool) -> Hop | None:
         node = text.decode("latin-1")
         if bare and node == "unix:":
             return Hop(None, self.trusted.unix)
@@ -174,7 +180,8 @@ class ProxyRules:
             return Hop(None, False) if _HIDDEN.fullmatch(node) else None
         groups = match.groupdict()
         try:
-            address = plain(ipaddress.ip_address(groups.get("v4") or groups["v6"]))
+            v4 = groups.get("v4")
+            address = plain(ipaddress.IPv4Address(v4) if v4 else ipaddress.IPv6Address(groups["v6"]))
         except ValueError:
             return None
         port = int(groups.get("port") or 0)
@@ -280,7 +287,7 @@ class HostList:
         self.everything = "*" in entries
         self._names = frozenset(entry.lstrip(".").strip("[]") for entry in entries if not entry.startswith("*"))
         self._endings = tuple(entry.lstrip("*") for entry in entries if entry.startswith((".", "*.")))
-        self.allows = lru_cache(_CACHED)(self._allows)
+        self._known = lru_cache(_CACHED)(self._allows)
 
     def _allows(self, host: bytes) -> bool:
         name = split_host(host)[0].lower().removesuffix(".")
@@ -288,5 +295,5 @@ class HostList:
 
     def check(self, host: bytes | None) -> None:
         """Raises `BadRequest`: 421, for this server is not set up for that origin (RFC 9110, 7.4 and 15.5.20)."""
-        if not self.allows(host or b""):
+        if host is None or len(host) > _HOST_MAX or not self._known(host):
             raise BadRequest(421, "this server does not answer for that host")
