@@ -80,8 +80,8 @@ class Capsule:
     """A connection that is waiting for a request, in the middle of a head (`half`), or a WebSocket (`socket`).
 
     client, server, scheme: as in the ASGI scope; those that a PROXY header has told. requests: served so far. left:
-    seconds until its time-out, or its next ping. data: what was read and not parsed. anonymous: a proxy could not tell
-    who the client is, which must not be taken for the proxy.
+    seconds until its time-out, or its next ping. data: what was read and not parsed. anonymous: a proxy has not
+    told who the client is, so what it says is not the proxy's word.
     """
 
     client: tuple[str, int] | None

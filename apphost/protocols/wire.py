@@ -79,7 +79,7 @@ class Wire(asyncio.Protocol, ABC):
         self.exchange = None
         self.websocket = None
         self.requests = 0
-        self.anonymous = False  # a proxy has said that it cannot tell who the client is
+        self.anonymous = False  # a proxy has not told who the client is, so nothing that it says is believed
         self.eof = False  # the client has ended its side
         self.read_paused = False
         self.write_paused = False

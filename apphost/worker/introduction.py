@@ -35,10 +35,11 @@ class Introductions:
         self._leaving = False
 
     async def read(self, sock: socket.socket, peer: str | None) -> Capsule | None:
-        """What the connection begins with; None where the socket's own addresses are to be believed.
+        """What the connection begins with; None for a peer that is not trusted, which is not asked.
 
-        Raises `ConnectionAbortedError` when a trusted peer sends no header, or not in time, and other kinds of OSError
-        for what befalls the socket. A peer that is not trusted is not asked for any.
+        Also where a proxy says that it asks for itself, what comes is not taken for its own word: HAProxy says so of
+        clients that it has no address of. Raises `ConnectionAbortedError` when a trusted peer sends no header, or not
+        in time, and other kinds of OSError for what befalls the socket.
         """
         if not self._rules.trusted.trusts_peer(peer):
             return None
@@ -48,12 +49,15 @@ class Introductions:
         except BadProxyHeader as exc:
             self._complain(f"{peer or 'unix'}: {exc}")
             raise ConnectionAbortedError(0, f"no PROXY header: {exc}") from None
+        client = header.client
         if header.about is About.ITSELF:
-            return None
+            own = sock.getpeername()
+            client = (own[0], own[1]) if isinstance(own, tuple) else None
         server = header.server or own_address(sock.getsockname())
         scheme = "https" if header.secure else "http"
         left = end - self._loop.time()
-        return Capsule(header.client, server, scheme, 0, left, False, b"", anonymous=header.about is About.SOMEBODY)
+        nobody = header.about is not About.CLIENT
+        return Capsule(client, server, scheme, 0, left, False, b"", anonymous=nobody)
 
     def hurry(self) -> None:
         """The worker wants to go: those who have not introduced themselves soon are let go of."""
