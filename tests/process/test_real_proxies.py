@@ -281,7 +281,9 @@ def test_haproxy_understands_the_documents(tmp_path: Path) -> None:
     assert len(found) == 2
     for text in found:
         timeouts = "".join(f"    timeout {name} 5s\n" for name in ("connect", "client", "server"))
-        (tmp_path / "haproxy.cfg").write_text(f"defaults\n{timeouts}{text}")
+        mode = "tcp" if "mode tcp" in text else "http"
+        front = f"frontend front\n    mode {mode}\n    bind {tmp_path}/front\n    default_backend site\n"
+        (tmp_path / "haproxy.cfg").write_text(f"defaults\n{timeouts}{front}{text}")
         command = [str(HAPROXY), "-c", "-f", str(tmp_path / "haproxy.cfg")]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (result.returncode, "WARNING" in result.stderr) == (0, False), result.stderr
