@@ -55,6 +55,36 @@ def clean_probe(path: str) -> str:
     return path
 
 
+def clean_trusted_proxies(entries: tuple[str, ...]) -> tuple[str, ...]:
+    from apphost.values import parse_network
+
+    for entry in entries:
+        try:
+            known = entry in ("unix", "*") or parse_network(entry)
+        except ValueError as exc:
+            raise ValueError(f"expected an address, a network such as 10.0.0.0/8, unix or *: {exc}") from None
+        assert known
+    return entries
+
+
+def clean_forwarded_fields(entries: tuple[str, ...]) -> tuple[str, ...]:
+    fields = ("for", "proto", "host", "port", "prefix")
+    entries = tuple(entry.lower() for entry in entries)
+    if not entries or not set(entries) <= set(fields):
+        raise ValueError(f"expected some of {', '.join(fields)}")
+    return entries
+
+
+def clean_allowed_hosts(entries: tuple[str, ...]) -> tuple[str, ...]:
+    """A name, `.name`, `*.name`, an IPv4 address, an IPv6 address in brackets, or `*`; without a port."""
+    for entry in entries:
+        if entry != "*" and not re.fullmatch(r"(\*?\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*|\[[0-9A-Fa-f:.]+\]", entry):
+            raise ValueError("expected names such as example.org, .example.org or *.example.org, without a port, or *")
+    if not entries:
+        raise ValueError("expected at least one name; * is any")
+    return entries
+
+
 def clean_on_reload(entries: tuple[str, ...]) -> tuple[str, ...]:
     """`PATTERN=POLICY` or `POLICY`, the pattern one for paths."""
     from apphost.lifecycle import Policy

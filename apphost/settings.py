@@ -16,12 +16,15 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from apphost.checks import (
+    clean_allowed_hosts,
     clean_app,
     clean_bind,
+    clean_forwarded_fields,
     clean_on_reload,
     clean_owner,
     clean_probe,
     clean_root_path,
+    clean_trusted_proxies,
     usable_cpus,
 )
 from apphost.values import KINDS, Setting
@@ -43,8 +46,8 @@ def setting(default: T, heading: str, does: str, **about: Any) -> T:
 
 
 _MAIN, _APP, _PROCESS = "Main settings", "Application", "Process"
-_TIME, _RECYCLE, _LIMITS, _HTTP, _TLS, _WS, _LOGS = (
-    "Timeouts", "Recycling of workers", "Limits", "HTTP", "TLS", "WebSockets", "Logs"
+_TIME, _RECYCLE, _LIMITS, _HTTP, _TLS, _PROXIES, _WS, _LOGS = (
+    "Timeouts", "Recycling of workers", "Limits", "HTTP", "TLS", "Proxies", "WebSockets", "Logs"
 )  # fmt: skip
 
 
@@ -193,6 +196,24 @@ class Settings:
     # The rhythm in which Kubernetes renews mounted secrets, and some stat calls a minute cost nothing.
     tls_watch_interval: float = setting(60.0, _TLS,
         "Look for renewed certificates after this; 0 is never, then a reload takes them.", unit="s", low=0, high=_WEEK)
+    trusted_proxies: tuple[str, ...] = setting((), _PROXIES,
+        "Peers that are believed when they say for whom they ask: addresses, networks such as `10.0.0.0/8`, `unix` for "
+        "Unix sockets, `*` for everybody; can be repeated.",
+        separator=",", clean=clean_trusted_proxies, metavar="ADDRESS")
+    # Not both: of the one that the proxy does not write, all would be the client's.
+    forwarded_headers: str = setting("x-forwarded", _PROXIES,
+        "What trusted proxies write, `X-Forwarded-*` or `Forwarded` (RFC 7239); the other is not read.",
+        choices=("x-forwarded", "forwarded", "none"))
+    # A proxy that writes any of them writes these two; the others it may hand through as a client has sent them.
+    forwarded_fields: tuple[str, ...] = setting(("for", "proto"), _PROXIES,
+        "What is believed of it, of `for`, `proto`, `host`, `port`, `prefix`; only what your proxy always sets.",
+        separator=",", clean=clean_forwarded_fields, metavar="FIELD")
+    proxy_protocol: bool = setting(False, _PROXIES,
+        "Connections of trusted proxies begin with a PROXY protocol header, version 1 or 2; others never do.")
+    allowed_hosts: tuple[str, ...] = setting(("*",), _PROXIES,
+        "Names that the Host header may have; other requests are answered 421. `.example.org` is that name and all "
+        "below it, `*.example.org` all below it, `*` any; can be repeated.",
+        separator=",", clean=clean_allowed_hosts, metavar="HOST")
 
     ws: str = setting("auto", _WS,
         "Serve WebSockets; with `none` their handshakes are requests like any other.", choices=("auto", "none"))

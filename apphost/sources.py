@@ -101,6 +101,10 @@ _RELATIONS = (
         "tls_ca_certs", "tls_client_certs", lambda ca, asked: not ca or asked != "none",
         "{0} would check nobody, since no client is asked for a certificate; now {1}",
     ),
+    _Relation(
+        "proxy_protocol", "trusted_proxies", lambda on, trusted: trusted or not on,
+        "{0} says that proxies announce their clients, but no proxy is trusted: {1}",
+    ),
 )  # fmt: skip
 
 

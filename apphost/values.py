@@ -10,9 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apphost.errors import nearest
+
+if TYPE_CHECKING:
+    import ipaddress
 
 _DURATION = re.compile(r"(\d+(?:\.\d*)?|\.\d+) *(ms|s|m|h|d|)", re.ASCII)
 _SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -59,6 +62,20 @@ def parse_octal(text: str) -> int:
     if match is None:
         raise ValueError(f"not an octal number: {text!r}")
     return int(match[1], 8)
+
+
+def parse_network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    """The network of `10.0.0.0/8`, `2001:db8::/32` or of a single address. What is mapped from IPv4 into IPv6 is IPv4.
+    ValueError for anything else, also for a network with bits set behind its prefix."""
+    import ipaddress  # an arbiter that trusts nobody does not need it
+
+    if "%" in text:
+        raise ValueError(f"{text!r} names an interface, which only this machine knows")
+    network = ipaddress.ip_network(text.removeprefix("[").removesuffix("]"))
+    mapped = getattr(network.network_address, "ipv4_mapped", None)
+    if mapped is None or network.prefixlen < 96:
+        return network
+    return ipaddress.IPv4Network((mapped, network.prefixlen - 96))
 
 
 def _parse_text(text: str) -> str:

@@ -65,6 +65,7 @@ CAPSULES = st.builds(
     half=st.booleans(),
     data=st.binary(max_size=200),
     socket=st.none() | SOCKETS,
+    anonymous=st.booleans(),
 )
 
 

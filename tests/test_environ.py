@@ -138,3 +138,11 @@ def test_script_name_beyond_ascii() -> None:
     """G1: SCRIPT_NAME in the same form as PATH_INFO, so that both together are the path."""
     environ = made(b"/m%C3%B6/x", root="/m\xf6")
     assert environ["SCRIPT_NAME"] + environ["PATH_INFO"] == "/m\xc3\xb6/x"
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_https_is_told_as_apache_does(scheme: str) -> None:
+    """G2; PEP 3333. A Unix socket has no port, so it is that of the scheme."""
+    environ = made(scheme=scheme, server=("/run/s", None), client=None)
+    assert environ.get("HTTPS") == ("on" if scheme == "https" else None)
+    assert (environ["SERVER_NAME"], environ["SERVER_PORT"]) == ("localhost", "443" if scheme == "https" else "80")

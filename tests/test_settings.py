@@ -34,6 +34,8 @@ SAMPLES = {
     "unix_socket_mode": ("600", "660"),
     "tls_keyfile": ("one.key", "two.key"),
     "ws_on_reload": ("rejoin", "/chat/*=resume"),
+    "trusted_proxies": ("10.0.0.0/8", "unix"),
+    "forwarded_fields": ("for", "proto"),
 }
 
 
@@ -75,6 +77,7 @@ COMPANIONS: dict[str, dict[str, Any]] = {
     "tls_keyfile": {"tls_certfile": ["one.pem"]},
     "tls_ca_certs": {"tls_certfile": ["one.pem"], "tls_client_certs": "optional"},
     "tls_client_certs": {"tls_certfile": ["one.pem"], "tls_ca_certs": "ca.pem"},
+    "proxy_protocol": {"trusted_proxies": ["10.0.0.1"]},
 }
 
 
@@ -513,3 +516,33 @@ def test_the_module_drags_nothing_into_a_process() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "entry", ["10.0.0.1/8", "localhost", "10.0.0", "010.0.0.1", "::1%lo", "unix:/run/s", "**", "1.2.3.4:80"]
+)
+def test_a_trusted_proxy_is_an_address_or_a_network(entry: str) -> None:
+    """A name would be looked up once and believed for ever; `10.0.0.1/8` is more than who wrote it may mean."""
+    with pytest.raises(
+        SettingsError, match=r"bad value .* for trusted_proxies.*expected an address, a network such as"
+    ):
+        resolve({"trusted_proxies": ["192.0.2.1", entry]}, {})
+
+
+@pytest.mark.parametrize(
+    "entry", ["example.org:80", "http://example.org", "example..org", "*example.org", "a b", "::1"]
+)
+def test_an_allowed_host_is_a_name_without_a_port(entry: str) -> None:
+    with pytest.raises(SettingsError, match=r"bad value .* for allowed_hosts.*expected names such as"):
+        resolve({"allowed_hosts": [entry]}, {})
+
+
+@pytest.mark.parametrize("entries", [["for", "ssl"], [""]])
+def test_fields_that_nobody_knows(entries: list[str]) -> None:
+    with pytest.raises(SettingsError, match=r"for forwarded_fields.*expected some of for, proto, host, port, prefix"):
+        resolve({"forwarded_fields": entries}, {})
+
+
+def test_the_proxy_protocol_needs_somebody_who_speaks_it() -> None:
+    with pytest.raises(SettingsError, match=r"proxy_protocol = True \(command line\) .* no proxy is trusted"):
+        resolve({"proxy_protocol": True}, {})

@@ -40,11 +40,13 @@ def request_environ(base: dict[str, Any], stream: Stream, root_path: str, body: 
     # What was asked for, undecoded: no standard, but what gunicorn, uWSGI and Werkzeug agree on.
     environ["REQUEST_URI"] = environ["RAW_URI"] = head.target.decode("latin-1")
     environ["SERVER_PROTOCOL"] = "HTTP/" + head.version
-    environ["wsgi.url_scheme"] = stream.scheme
+    environ["wsgi.url_scheme"] = scheme = stream.scheme
+    if scheme == "https":
+        environ["HTTPS"] = "on"  # PEP 3333: as many of Apache's variables as are known
     environ["wsgi.input"] = body
     host, port = stream.server
     environ["SERVER_NAME"] = host if port is not None else "localhost"  # the path of a Unix socket is no host name
-    environ["SERVER_PORT"] = str(port) if port is not None else ("443" if stream.scheme == "https" else "80")
+    environ["SERVER_PORT"] = str(port) if port is not None else ("443" if scheme == "https" else "80")
     client = stream.client
     environ["REMOTE_ADDR"] = client[0] if client else ""
     if client:

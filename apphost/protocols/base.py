@@ -144,6 +144,7 @@ class Stream(ABC):
     """
 
     __slots__ = ()
+    prefix = ""  # of the path, which a trusted proxy has cut off
 
     head: RequestHead
     context: Context

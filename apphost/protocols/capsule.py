@@ -79,8 +79,9 @@ class Socket:
 class Capsule:
     """A connection that is waiting for a request, in the middle of a head (`half`), or a WebSocket (`socket`).
 
-    client, server, scheme: as in the ASGI scope. requests: served so far. left: seconds until its time-out, or its next
-    ping. data: what was read and not parsed.
+    client, server, scheme: as in the ASGI scope; those that a PROXY header has told. requests: served so far. left:
+    seconds until its time-out, or its next ping. data: what was read and not parsed. anonymous: a proxy has not
+    told who the client is, so what it says is not the proxy's word.
     """
 
     client: tuple[str, int] | None
@@ -91,6 +92,7 @@ class Capsule:
     half: bool
     data: bytes
     socket: Socket | None = None
+    anonymous: bool = False
 
     def to_wire(self) -> dict[str, Any]:
         wire = {
@@ -104,6 +106,8 @@ class Capsule:
             "half": self.half,
             "data": _pack(self.data),
         }
+        if self.anonymous:
+            wire["anonymous"] = True
         if self.socket is not None:
             wire["socket"] = self.socket.to_wire()
         return wire
@@ -124,6 +128,7 @@ class Capsule:
                 half=_typed(wire["half"], bool),
                 data=_bytes(wire["data"]),
                 socket=Socket.from_wire(wire["socket"]) if kind == WEBSOCKET else None,
+                anonymous=_typed(wire.get("anonymous", False), bool),
             )
         except (LookupError, TypeError, ValueError, OverflowError, binascii.Error) as exc:
             raise CapsuleError(f"{type(exc).__name__}: {exc}") from None

@@ -16,6 +16,7 @@ from apphost.protocols.strict import Limits
 
 if TYPE_CHECKING:
     from apphost.protocols.http1 import Connection
+    from apphost.protocols.proxies import HostList, ProxyRules
     from apphost.protocols.websocket import WebSocketOptions
     from apphost.protocols.wire import Wire
 
@@ -37,6 +38,7 @@ class Context:
 
     interface: to be set before the first connection is made.
     websockets: what holds for them; None where they are not served.
+    proxies: which peers are believed, None: none. hosts: names that the Host field may have, None: any.
     draining: the worker wants to go; responses say `Connection: close` where the connection can never move.
     closing: they all say it.
     on_idle: called with each connection that has come to wait for a request (so that it can move), None: not wanted.
@@ -54,6 +56,7 @@ class Context:
         "deadlines",
         "draining",
         "errors",
+        "hosts",
         "interface",
         "keep_alive",
         "limits",
@@ -64,6 +67,7 @@ class Context:
         "on_idle",
         "on_socket",
         "parser",
+        "proxies",
         "requests",
         "requests_wanted",
         "server_fields",
@@ -86,6 +90,8 @@ class Context:
         access_log: AccessLog | None = None,
         underscores: str = "drop",
         websockets: WebSocketOptions | None = None,
+        proxies: ProxyRules | None = None,
+        hosts: HostList | None = None,
     ) -> None:
         self.loop = loop
         self.parser = parser
@@ -96,6 +102,8 @@ class Context:
         self.access_log = access_log
         self.underscores = underscores
         self.websockets = websockets
+        self.proxies = proxies
+        self.hosts = hosts
         self.deadlines: Deadlines[Wire] = Deadlines()
         self.connections: set[Connection] = set()
         self.active: set[Handler] = set()

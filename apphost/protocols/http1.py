@@ -46,11 +46,11 @@ _DISCARDING, _CLOSED = Phase.DISCARDING, Phase.CLOSED
 class Connection(Wire):
     """One client connection. Event loop only; the loop calls the `asyncio.Protocol` methods.
 
-    `capsule`: it comes from another worker, and goes on where it was.
+    `capsule`: it has a past, in another worker or at a proxy, and goes on where it was.
     """
 
     __slots__ = ("_capsule",)
-    exchange_type = Exchange
+    exchange_type = Exchange  # what its requests are
 
     def __init__(self, context: Context, capsule: Capsule | None = None) -> None:
         super().__init__(context)
@@ -75,7 +75,7 @@ class Connection(Wire):
         """Go on where another worker has stopped."""
         self._capsule = None
         self.client, self.server, self.scheme = capsule.client, capsule.server, capsule.scheme
-        self.requests = capsule.requests
+        self.anonymous, self.requests = capsule.anonymous, capsule.requests
         if capsule.socket is not None:
             try:
                 websocket = restore_websocket(self, capsule.socket)
@@ -414,8 +414,7 @@ class Connection(Wire):
 
     def _cut(self, exchange: Exchange) -> None:
         """End the connection so that the client sees that the response is incomplete."""
-        ends_with_connection = exchange.ends_with_connection
-        if ends_with_connection:
+        if exchange.ends_with_connection:
             self.abort()
         else:
             self.linger()

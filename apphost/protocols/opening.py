@@ -99,7 +99,7 @@ def restore_websocket(connection: Connection, socket: Socket) -> WebSocket:
     head = RequestHead("GET", socket.target, "1.1", socket.headers)
     examine(head, "allow")
     head.upgrade = True
-    exchange = Exchange(connection, head, None)
+    exchange = connection.exchange_type(connection, head, None)
     exchange.keep_alive = False
     exchange.opening = opening = Opening(exchange, Handshake(b"", socket.offered, []))
     opening.state = socket.state

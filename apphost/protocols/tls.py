@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 from apphost.logs import Log
+from apphost.protocols.capsule import Capsule
 from apphost.protocols.context import Context
 from apphost.protocols.exchange import Exchange
 from apphost.protocols.http1 import Connection
@@ -347,8 +348,8 @@ class TlsConnection(Connection):
     fixed = True
     exchange_type = TlsExchange
 
-    def __init__(self, context: Context) -> None:
-        super().__init__(context)
+    def __init__(self, context: Context, capsule: Capsule | None = None) -> None:
+        super().__init__(context, capsule)
         self._facts: dict[str, Any] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

@@ -9,6 +9,7 @@ import socket
 import struct
 import sys
 from abc import ABC, abstractmethod
+from typing import Any
 
 from apphost.protocols.capsule import BYTES_MAX, Capsule
 from apphost.protocols.context import Context
@@ -43,6 +44,7 @@ class Wire(asyncio.Protocol, ABC):
     """What every connection has, whatever is spoken on it. Event loop only."""
 
     __slots__ = (
+        "anonymous",
         "buffer",
         "client",
         "context",
@@ -79,6 +81,7 @@ class Wire(asyncio.Protocol, ABC):
         self.exchange = None
         self.websocket = None
         self.requests = 0
+        self.anonymous = False  # a proxy has not told who the client is, so nothing that it says is believed
         self.eof = False  # the client has ended its side
         self.read_paused = False
         self.write_paused = False
@@ -243,7 +246,8 @@ class Wire(asyncio.Protocol, ABC):
             left, self.buffer, socket = self.websocket.pack()
         self._pause()
         self.phase = _MOVING
-        return Capsule(self.client, self.server, self.scheme, self.requests, left, half, self.buffer, socket)
+        ends = self.client, self.server, self.scheme
+        return Capsule(*ends, self.requests, left, half, self.buffer, socket, self.anonymous)
 
     def let_go(self) -> None:
         """It belongs to another worker now: close our descriptor, which the client does not notice."""
@@ -256,10 +260,13 @@ class Wire(asyncio.Protocol, ABC):
 def addresses(transport: asyncio.BaseTransport) -> tuple[tuple[str, int] | None, tuple[str, int | None]]:
     """Client and server in the form of the ASGI scope: (host, port), two items for IPv6 too; a Unix socket has no
     client, and its server is (path, None)."""
-    own = transport.get_extra_info("sockname")
-    if isinstance(own, tuple):
-        peer = transport.get_extra_info("peername")
-        client = (peer[0], peer[1]) if isinstance(peer, tuple) else None
-        return client, (own[0], own[1])
-    path = own.decode("utf-8", "surrogateescape") if isinstance(own, bytes) else own or ""
-    return None, (path, None)
+    own = own_address(transport.get_extra_info("sockname"))
+    peer = transport.get_extra_info("peername") if own[1] is not None else None
+    return (peer[0], peer[1]) if isinstance(peer, tuple) else None, own
+
+
+def own_address(name: Any) -> tuple[str, int | None]:
+    """What `getsockname` says, in that form."""
+    if isinstance(name, tuple):
+        return name[0], name[1]
+    return name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else name or "", None

@@ -6,12 +6,15 @@ import asyncio
 import errno
 import socket
 from collections.abc import Callable
+from functools import partial
 
 from apphost.logs import Log
 from apphost.protocols.context import Context
 from apphost.protocols.http1 import Connection
-from apphost.protocols.tls import TlsConnection, TlsTransport
+from apphost.protocols.proxied import new_connection
+from apphost.protocols.tls import TlsTransport
 from apphost.worker.certificates import Tls
+from apphost.worker.introduction import Introductions
 
 BATCH = 4  # accepts a turn of the loop: enough to keep up, few enough that the other workers get their share
 EXHAUSTED_PAUSE = 1.0  # s without accepting after the system said that it has no descriptors or memory
@@ -30,6 +33,10 @@ class Acceptor:
         has_room: Callable[[], bool],
         tls: Tls | None = None,
     ) -> None:
+        rules = context.proxies
+        self._introductions: Introductions | None = None
+        if rules is not None and rules.protocol:
+            self._introductions = Introductions(loop, rules, context.timeouts.request_header, log)
         self._loop = loop
         self._listener = listener
         self._context = context
@@ -62,6 +69,8 @@ class Acceptor:
             while self._has_room() and self._accept():
                 pass
         self._listener.close()
+        if self._introductions is not None:
+            self._introductions.hurry()
 
     def give_up(self) -> None:
         """The worker goes: end the TLS handshakes that are not complete."""
@@ -80,7 +89,7 @@ class Acceptor:
     def _accept(self) -> bool:
         """Take one connection; False when there is none, or none can be taken."""
         try:
-            sock, _ = self._listener.accept()
+            sock, address = self._listener.accept()
         except (BlockingIOError, InterruptedError):
             return False
         except ConnectionAbortedError:
@@ -94,7 +103,8 @@ class Acceptor:
                 self._retry = self._loop.call_later(EXHAUSTED_PAUSE, self._try_again)
             return False
         sock.setblocking(False)
-        task = self._loop.create_task(self._open(sock))
+        peer = address[0] if isinstance(address, tuple) else None
+        task = self._loop.create_task(self._open(sock, peer))
         self.opening.add(task)
         task.add_done_callback(self._opened)
         return True
@@ -104,20 +114,25 @@ class Acceptor:
         if not self._reading:  # one that has failed may have been what others wait for
             self._context.on_closed()
 
-    async def _open(self, sock: socket.socket) -> None:
+    async def _open(self, sock: socket.socket, peer: str | None) -> None:
+        """`peer`: its address, None on a Unix socket."""
+        capsule = None
+        secure = self._tls is not None
         try:
+            if self._introductions is not None:
+                capsule = await self._introductions.read(sock, peer, secure)
+            make = partial(new_connection, self._context, peer, capsule, secure)
             if self._tls is None:
-                await self._loop.connect_accepted_socket(lambda: Connection(self._context), sock)
+                await self._loop.connect_accepted_socket(make, sock)
             else:
-                await self._open_tls(self._tls, sock)
+                await self._open_tls(self._tls, sock, make)
         except OSError as exc:
             self._log.debug(f"a connection ended before it began: {exc.strerror}")
             sock.close()
 
-    async def _open_tls(self, tls: Tls, sock: socket.socket) -> None:
+    async def _open_tls(self, tls: Tls, sock: socket.socket, make: Callable[[], Connection]) -> None:
         """Until the handshake has ended, so that one that takes long counts as a connection."""
-        context, log = self._context, self._log
-        transport = TlsTransport(self._loop, tls.context, lambda: TlsConnection(context), log, tls.patience)
+        transport = TlsTransport(self._loop, tls.context, make, self._log, tls.patience)
         await self._loop.connect_accepted_socket(lambda: transport, sock)
         try:
             await transport.settled

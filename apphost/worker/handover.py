@@ -34,6 +34,7 @@ from apphost.messages import Channel, Message, ProtocolError
 from apphost.protocols.capsule import Capsule, CapsuleError
 from apphost.protocols.context import Context
 from apphost.protocols.http1 import Connection
+from apphost.protocols.proxied import new_connection
 from apphost.protocols.wire import Phase
 
 IN_FLIGHT_MAX = 64  # moves that wait for an answer, for each successor: bounds descriptors and what a death undoes
@@ -343,7 +344,7 @@ class Receiver:
             return
         sock.setblocking(False)
         try:
-            await self._loop.connect_accepted_socket(lambda: Connection(self._context, capsule), sock)
+            await self._loop.connect_accepted_socket(lambda: new_connection(self._context, None, capsule), sock)
         except OSError as exc:
             self._log.debug(f"a connection ended while it moved: {exc.strerror}")
             sock.close()

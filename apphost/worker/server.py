@@ -7,18 +7,21 @@ import gc
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from apphost.interfaces.lifespan import Lifespan
+from apphost.interfaces.mounts import Mounts
 from apphost.interfaces.threads import ThreadPool
 from apphost.lifecycle import State, allowed
 from apphost.logs import AccessLog, Log
 from apphost.messages import Channel, Message, ProtocolError
 from apphost.peers import take_channels
 from apphost.protocols import masking
-from apphost.protocols.base import HeadParser
+from apphost.protocols.base import HeadParser, Interface
 from apphost.protocols.context import Context, Timeouts
+from apphost.protocols.proxies import HostList, ProxyRules, TrustList
 from apphost.protocols.response import ServerFields
 from apphost.protocols.strict import Limits
 from apphost.protocols.websocket import WebSocketOptions, read_on_reload
@@ -87,11 +90,20 @@ class Server:
             ),
             server_fields=ServerFields(date=settings.date_header, server=settings.server_header),
             underscores=settings.underscore_headers,
+            proxies=self._proxy_rules(),
+            hosts=None if "*" in settings.allowed_hosts else HostList(settings.allowed_hosts),
         )
 
     def _make_tls(self) -> Tls | None:
         certificates = self.assignment.certificates
         return Tls(self.settings, certificates, self.log, self.assignment.name) if certificates is not None else None
+
+    def _proxy_rules(self) -> ProxyRules | None:
+        settings = self.settings
+        trusted = TrustList(settings.trusted_proxies)
+        if not trusted:
+            return None
+        return ProxyRules(trusted, settings.forwarded_headers, settings.forwarded_fields, settings.proxy_protocol)
 
     def _websocket_options(self) -> WebSocketOptions | None:
         settings = self.settings
@@ -131,20 +143,29 @@ class Server:
 
     async def _start_application(self, app: Any, name: str) -> Lifespan | None:
         settings = self.settings
-        options: dict[str, Any] = {"root_path": settings.root_path, "worker": self.assignment.name}
+        options: dict[str, Any] = {"worker": self.assignment.name}
         factory = load_plugin("apphost.interfaces", name)
         if name == "wsgi":
             self.pool = ThreadPool(self.loop, settings.threads, "wsgi")
             options |= {"multithread": settings.threads > 1, "multiprocess": settings.workers > 1}
-            self.context.interface = factory(app, self.pool, self.log, self.context.active, **options)
+            self._mount(partial(factory, app, self.pool, self.log, self.context.active, **options))
             return None
         lifespan = None
         if settings.lifespan != "off":
             lifespan = Lifespan(app, settings.lifespan, self.log, self.assignment.name)
             await lifespan.startup()
             options["state"] = lifespan.state
-        self.context.interface = factory(app, self.loop, self.log, self.context.active, **options)
+        self._mount(partial(factory, app, self.loop, self.log, self.context.active, **options))
         return lifespan
+
+    def _mount(self, factory: Callable[..., Interface]) -> None:
+        """Make the interface; where proxies tell a prefix, one for each."""
+        root = self.settings.root_path
+        proxies = self.context.proxies
+        if proxies is not None and "prefix" in proxies.fields:
+            self.context.interface = Mounts(lambda prefix: factory(root_path=root + prefix))
+        else:
+            self.context.interface = factory(root_path=root)
 
     def _begin_serving(self) -> None:
         self._move(State.READY)
