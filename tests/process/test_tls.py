@@ -195,6 +195,39 @@ def test_client_certificate(server: Server, pki: Pki, flavour: tuple[str, str, s
     assert tls["client_cert_error"] is None
 
 
+@pytest.mark.parametrize("announced", [False, True], ids=["bare", "PROXY"])
+def test_with_what_a_trusted_proxy_tells(tmp_path: Path, pki: Pki, announced: bool) -> None:
+    """H3, X6: TLS that a proxy hands through, with and without a PROXY header before it; and allowed hosts."""
+    options = ["--trusted-proxies", "127.0.0.1", "--allowed-hosts", "example.org", *pki.options("local")]
+    options += ["--proxy-protocol"] if announced else []
+    with running(tmp_path, FLAVOURS[0], *options) as server:
+        plain = connect(server.port)
+        if announced:
+            plain.sendall(b"PROXY TCP4 127.0.0.1 192.0.2.2 4711 8443\r\n")  # its client is a proxy that is trusted, too
+        with pki.client().wrap_socket(plain, server_hostname="127.0.0.1") as sock:
+
+            def ask(host: str) -> bytes:
+                sock.sendall(f"GET / HTTP/1.1\r\nHost: {host}\r\nX-Forwarded-For: 203.0.113.9\r\n\r\n".encode())
+                return sock.recv(65536)
+
+            head, _, body = ask("example.org").partition(b"\r\n\r\n")
+            found = ast.literal_eval(body.decode())
+            assert head.startswith(b"HTTP/1.1 200 ")
+            assert (found["scheme"], found["client"]) == ("https", ("203.0.113.9", 0))
+            assert found["server"] == (("192.0.2.2", 8443) if announced else ("127.0.0.1", server.port))
+            assert found["extensions"]["tls"]["server_cert"] == pki.leaf("local")
+            assert ask("elsewhere.org").startswith(b"HTTP/1.1 421 ")
+
+
+def test_allowed_hosts(tmp_path: Path, pki: Pki) -> None:
+    with (
+        running(tmp_path, FLAVOURS[1], "--allowed-hosts", "localhost", *pki.options("local")) as server,
+        RawClient(server.port, tls=pki.client()) as client,
+    ):
+        assert client.request("GET", "/", [("Host", "localhost")]).status == 200
+        assert client.request("GET", "/", [("Host", "elsewhere.org")]).status == 421
+
+
 def test_no_extension_without_tls(server: Server, flavour: tuple[str, str, str]) -> None:
     """A9, H3: a listener that is written `http://`, and a Unix socket."""
     port = int(server.wait_line(r"listening at http://127\.0\.0\.1:(\d+)")[1])
