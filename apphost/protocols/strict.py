@@ -217,7 +217,7 @@ def _join_repeated(headers: Headers) -> dict[bytes, bytes]:
             fields[name] = value
         elif name in _ONLY_ONCE:
             raise BadRequest(*_ONLY_ONCE[name])
-        elif name != b"expect" or fields[name] != value:
+        elif name != b"expect" or fields[name].lower() != value.lower():
             fields[name] += b"," + value
     return fields
 
