@@ -63,6 +63,7 @@ class Limits:
     body: int = 0
     chunk_extension: int = 256  # nothing uses them; Go allows 16 bytes on average per chunk
     trailers: int = 8192
+    pipelined: int = 65536  # of requests that wait for their turn; then reading pauses
     easy: int = field(init=False)  # a head up to this size can break none of the limits for sizes
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from apphost.errors import PrivilegesError
+from apphost.interfaces.admission import Admission
 from apphost.interfaces.lifespan import Lifespan
 from apphost.interfaces.threads import ThreadPool
 from apphost.lifecycle import State, allowed
@@ -76,6 +77,7 @@ class Server:
                 body=settings.limit_request_body,
                 chunk_extension=settings.limit_chunk_extension,
                 trailers=settings.limit_trailers,
+                pipelined=settings.limit_pipelined,
             ),
             timeouts=Timeouts(
                 keep_alive=settings.keep_alive,
@@ -109,6 +111,7 @@ class Server:
         self.loop.add_signal_handler(signal.SIGTERM, self._stray_term)
         self._open_access_log()
         lifespan = await self._start_application(app, interface)
+        self._limit_requests()
         self.context.websockets = self._websocket_options()
         if self.settings.ready_probe and self.state is State.BOOTING:
             await probe(self.loop, self.context, self.settings.ready_probe)
@@ -138,6 +141,11 @@ class Server:
             options["state"] = lifespan.state
         self.context.interface = factory(app, self.loop, self.log, self.context.active, **options)
         return lifespan
+
+    def _limit_requests(self) -> None:
+        context, limit = self.context, self.settings.limit_requests
+        if limit:
+            context.interface = Admission(context.interface, limit, context.active, self.log, self.assignment.name)
 
     def _open_access_log(self) -> None:
         target = self.settings.access_log
