@@ -286,7 +286,7 @@ def _line(data: bytes, bound: int) -> tuple[bytes, bytes]:
     if not lf:
         if len(data) > bound + 2:
             raise _Wrong(400, 413, 431)
-        raise _Incomplete(400)
+        raise _Incomplete(400, 413, 431)
     if not line.endswith(b"\r"):
         raise _Wrong(400, 413, 431)
     return line[:-1], rest
