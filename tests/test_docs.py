@@ -45,6 +45,7 @@ FOREIGN = {
         "--ssl-certfile", "--proxy-headers", "--reload", "--ws-max-size",
     },
     "deploy.md": {"--no-deps", "--no-cache-dir"},
+    "architecture.md": {"--cases", "--jobs", "--seed", "--case"},
     "settings.md": {"--write", "--name", "--no-name"},
 }  # fmt: skip
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]*[a-z0-9]")
