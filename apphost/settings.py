@@ -160,8 +160,17 @@ class Settings:
         "Longest extension of one chunk of a body.", unit="bytes", low=0, high=2**16)
     limit_trailers: int = setting(8192, _LIMITS,
         "Largest trailer section after a chunked body.", unit="bytes", low=0, high=2**20)
+    # About one read of a socket (uvloop 64 KiB, asyncio up to 256). Bytes and not requests, as bytes are what a waiting
+    # request costs: 64 KiB are some hundred requests of a browser, and no browser has more than one.
+    limit_pipelined: int = setting(65536, _LIMITS,
+        "Pipelined requests that may wait behind the one in progress, on one connection; more are not read.",
+        unit="bytes", low=0, high=2**20)
     limit_connections: int = setting(10000, _LIMITS,
         "Connections that one worker holds; more wait in the backlog.", low=1, high=2**20)
+    # Off, as uvicorn's `limit_concurrency`: what an application can bear at once only its operator knows.
+    limit_requests: int = setting(0, _LIMITS,
+        "Requests and open WebSockets that one worker has in progress; more are answered 503 with `Retry-After`. "
+        "0 is no limit.", low=0, high=2**20)
 
     http: str = setting("auto", _HTTP,
         "HTTP/1.1 parser; `auto` takes httptools when it is installed.",

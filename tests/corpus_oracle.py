@@ -103,8 +103,7 @@ def _judge_unfinished(verdict: Verdict, data: bytes) -> Verdict:
     if any(len(line) > FIELD_LINE + 1 for line in lines[1:]) or len(data) > HEAD or len(lines) > FIELDS + 3:
         verdict.statuses.add(431)
     verdict.waits = verdict.unsure = True
-    if not verdict.statuses:
-        verdict.statuses = {400, 505}
+    verdict.statuses |= {400, 505}
     return verdict
 
 
@@ -287,7 +286,7 @@ def _line(data: bytes, bound: int) -> tuple[bytes, bytes]:
     if not lf:
         if len(data) > bound + 2:
             raise _Wrong(400, 413, 431)
-        raise _Incomplete(400)
+        raise _Incomplete(400, 413, 431)
     if not line.endswith(b"\r"):
         raise _Wrong(400, 413, 431)
     return line[:-1], rest

@@ -23,7 +23,7 @@ from apphost.protocols.capsule import (
     CapsuleError,
     Socket,
 )
-from apphost.protocols.http1 import BUFFER_MAX
+from apphost.protocols.strict import Limits
 
 FULL = Capsule(("192.0.2.1", 4711), ("192.0.2.2", 80), "http", 7, 12.5, True, b"GET / HT\x00\xff")
 
@@ -89,7 +89,7 @@ def test_addresses_arrive_as_tuples() -> None:
 
 def test_all_that_a_connection_can_buffer_fits() -> None:
     """In the capsule, and the capsule in a message. A read of asyncio takes 256 KiB at most."""
-    data = bytes(BUFFER_MAX + 2 * 256 * 1024)
+    data = bytes(Limits().pipelined + 2 * 256 * 1024)
     assert through_the_wire(Capsule(*_but_data(FULL), data)).data == data
     assert len(data) == BYTES_MAX
     assert len(encode(FULL.to_wire())) + BYTES_MAX * 4 / 3 + 100 < MAX_MESSAGE

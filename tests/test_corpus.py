@@ -32,6 +32,7 @@ from tests.corpus import (
 )
 from tests.corpus_driver import Driver, driving, read_responses
 from tests.corpus_oracle import judge
+from tests.quick_driver import QuickDriver
 
 CASES = load_all()
 SWEEP = load_sweep()
@@ -119,15 +120,37 @@ def test_case(drivers: list[Driver], case: Case) -> None:
         run(drivers, case, cut(segments, f"{case.id} {seed}"))
 
 
+QUICK = [name for name in PARSERS if name != "h11 documented"]
+
+
+@pytest.fixture(scope="module")
+def quick_drivers() -> list[QuickDriver]:
+    return [QuickDriver(parser) for parser in QUICK]
+
+
 @pytest.mark.parametrize("row", [pytest.param(row, id=f"{row.kind}-{row.id}") for row in SWEEP])
-def test_sweep(drivers: list[Driver], row: Row) -> None:
-    """P2 P3 P4 P5: every mutation is fed whole; one in seven of each row, and every lone one, also in pieces."""
+def test_sweep(drivers: list[Driver], quick_drivers: list[QuickDriver], row: Row) -> None:
+    """P2 P3 P4 P5: every mutation is fed whole, byte by byte and in random pieces; with the event loop and ASGI around
+    the connection one in seven of each row, and every lone one."""
     for number, case in enumerate(row.cases()):
         segments = case.fed()
-        run(drivers, case, whole(segments))
         if not row.values or number % 7 == 0:
-            run(drivers, case, bytewise(segments))
-            run(drivers, case, cut(segments, case.id))
+            run(drivers, case, whole(segments))
+        for pieces in (whole(segments), bytewise(segments), cut(segments, case.id)):
+            outcomes = [driver.run_case(pieces) for driver in quick_drivers]
+            for name, outcome in zip(QUICK, outcomes, strict=True):
+                assert outcome.comparable() == outcomes[0].comparable(), f"{case.id}: {name} and {QUICK[0]} differ"
+                assert problems(case, outcome) == [], f"{case.id} with {name}, fed {case.fed()!r:.1000}"
+
+
+def test_the_quick_driver_sees_the_same(quick_drivers: list[QuickDriver]) -> None:
+    """What it leaves out makes no difference."""
+    for case in CASES:
+        if case.app != "echo":
+            continue
+        pieces = cut(case.fed(), case.id)
+        for quick in quick_drivers:
+            assert problems(case, quick.run_case(pieces, eof=case.eof, max_body=case.max_body)) == [], case.id
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)

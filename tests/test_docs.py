@@ -18,6 +18,7 @@ from apphost.cli import program
 from apphost.errors import ExitCode
 from apphost.settings import BEGIN, CONFIG_VARIABLE, ENV_PREFIX, SETTINGS
 from apphost.sources import parse_file, resolve
+from tests.corpus import load_all
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,6 +46,7 @@ FOREIGN = {
         "--ssl-certfile", "--ssl-keyfile", "--proxy-headers", "--reload", "--ws-max-size",
     },
     "deploy.md": {"--no-deps", "--no-cache-dir"},
+    "architecture.md": {"--cases", "--jobs", "--seed", "--case"},
     "settings.md": {"--write", "--name", "--no-name"},
     "tls.md": {"--webroot", "--deploy-hook"},
 }  # fmt: skip
@@ -134,6 +136,39 @@ def test_settings_named_in_the_security_policy() -> None:
     names = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)(?: = [^`]*)?`", text)) - {"no_new_privs"}
     assert names
     assert names <= set(SETTINGS)
+
+
+def columns(name: str, document: str) -> list[list[str]]:
+    """The cells of a table, also such as are empty."""
+    table = between((ROOT / "docs" / document).read_text(encoding="utf-8"), name)
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:] if line]
+
+
+def test_the_security_history_names_its_tests() -> None:
+    """S4: each row has a test that exists, and the corpus cases that it names; nothing that those cover is left out."""
+    covered = {item for case in load_all() for item in case.covers}
+    named: set[str] = set()
+    for where, _, cases, tests in columns("security", "conformance.md"):
+        tags = {tag.strip() for tag in cases.split(",") if tag.strip()}
+        assert tags <= covered, where
+        named |= tags
+        found = re.findall(r"`([\w/]+\.py)::(\w+)`", tests)
+        assert found or tests.startswith("none: "), where
+        for file, test in found:
+            assert re.search(rf"^def {test}\(", (ROOT / "tests" / file).read_text(encoding="utf-8"), re.MULTILINE), test
+    assert {tag for tag in covered if not re.fullmatch(r"[A-Z]\d+", tag)} == named
+
+
+def test_limits_and_deadlines() -> None:
+    """The documented defaults are those of the settings, and no limit of a client is left out."""
+    told = [row for name in ("limits", "deadlines") for row in columns(name, "limits.md")]
+    for setting, default, *_ in told:
+        this = SETTINGS[setting.strip("`")]
+        assert default == this.show(this.default), setting
+    text = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
+    for name in SETTINGS:
+        if name.startswith("limit_") or name in ("backlog", "threads"):
+            assert f"`{name}`" in text, name
 
 
 # Options, variables, settings

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from apphost.protocols.exchange import DISCARD_MAX, HIGH_WATER
-from apphost.protocols.http1 import BUFFER_MAX
 from apphost.protocols.response import ResponseHead
 from apphost.protocols.strict import Limits
 from tests.peer import GET, LAST_OK, OK, Peer, post
@@ -48,7 +47,7 @@ def test_pipelined_requests_wait_for_their_turn(peer: Peer) -> None:
 def test_pipelined_requests_are_bounded(peer: Peer) -> None:
     """S14 R7: more than a window of them is left in the socket."""
     peer.send(GET)
-    many = BUFFER_MAX // len(GET) + 1
+    many = Limits().pipelined // len(GET) + 1
     peer.send(GET * many)
     assert peer.transport.paused
     for _ in range(many):
@@ -56,6 +55,24 @@ def test_pipelined_requests_are_bounded(peer: Peer) -> None:
         peer.loop.turn()
     assert not peer.transport.paused
     assert len(peer.requests) == many + 1
+
+
+@pytest.mark.parametrize("most", [0, 1, len(GET), 1000])
+def test_how_much_may_wait_is_a_setting(most: int) -> None:
+    """S14: 0 is one request after the other, and all of them are answered in the end."""
+    peer = Peer(limits=Limits(pipelined=most))
+    peer.send(GET)
+    sent = 0
+    while not peer.transport.paused:
+        peer.send(GET)
+        sent += 1
+        assert (sent - 1) * len(GET) <= most
+    assert sent * len(GET) > most
+    for _ in range(sent):
+        peer.last.answer()
+        peer.loop.turn()
+    assert not peer.transport.paused
+    assert len(peer.requests) == sent + 1
 
 
 def test_a_client_that_pipelines_and_does_not_read_waits(peer: Peer) -> None:

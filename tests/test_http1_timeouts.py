@@ -72,6 +72,17 @@ def test_the_head_after_an_idle_time_has_its_own_time(peer: Peer) -> None:
     assert peer.status() == 408
 
 
+def test_an_idle_time_does_not_end_the_request_after_it(peer: Peer) -> None:
+    """S13, uvicorn#824: the time that was set while it waited is not the request's."""
+    for _ in range(2):
+        peer.send(GET)
+        peer.after(TIMEOUTS.keep_alive + 1)
+        assert peer.open
+        peer.last.answer()
+        assert peer.read() == OK
+        peer.nearly(TIMEOUTS.keep_alive)
+
+
 def test_a_request_may_take_any_time(peer: Peer) -> None:
     peer.send(GET)
     peer.after(3600)

@@ -1,7 +1,8 @@
 """WSGI (PEP 3333): calls the application in a thread beside the event loop.
 
-A request whose body is small is given to a thread only when the body is there, so a slow client costs no thread; a
-larger body is streamed. A response of one block, which most are, comes back to the loop as one message.
+A request is given to a thread only when its body is there, or so much of it that the client is not a slow one; the rest
+is streamed then, and may take no more than half of the threads. So slow clients cannot take the threads from others. A
+response of one block, which most are, comes back to the loop as one message.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from apphost.interfaces.threads import ThreadPool
 from apphost.interfaces.wsgi_io import BodyInput, ErrorLog, FileWrapper, file_to_send, send_file
 from apphost.logs import Log, show_target
 from apphost.protocols.base import ClientDisconnected, Headers, ResponseError, Stream
+from apphost.protocols.exchange import PIECES_MAX
 from apphost.protocols.response import FIELD_MAX, ResponseHead, remember
 
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType] | tuple[None, None, None]
 Environ = dict[str, Any]
 Application = Callable[[Environ, Callable[..., Any]], Iterable[bytes]]
 
-SMALL_BODY = 65536  # bytes; a body up to this size is gathered before a thread is taken: what the stream buffers anyway
+SMALL_BODY = 65536  # bytes; so much of a body is gathered before a thread is taken: what the stream buffers anyway
 WINDOW = 65536  # bytes of a response that may wait for the loop before the application's thread waits too
 
 # Fields as applications give them and as bytes: most say the same ones again and again.
@@ -72,12 +74,40 @@ class WsgiInterface:
         self.root_path = root_path
         self.errors = ErrorLog(log, worker)
         self.base = base_environ(root_path, self.errors, multithread=multithread, multiprocess=multiprocess)
+        self.uploads = Uploads(max(1, len(pool.threads) // 2))
 
     def handle(self, stream: Stream) -> WsgiRequest:
         request = WsgiRequest(self, stream)
         self.active.add(request)
         request.body_arrived()
         return request
+
+
+class Uploads:
+    """Streamed bodies take turns: `most` of them have a thread at a time, as each may wait in it for its client. One
+    that is complete before its turn comes needs none."""
+
+    def __init__(self, most: int) -> None:
+        self._free = most
+        self._waiting: dict[WsgiRequest, None] = {}  # in order
+
+    def begin(self, request: WsgiRequest) -> None:
+        if self._free:
+            self._free -= 1
+            request.stream_body()
+        else:
+            self._waiting[request] = None
+
+    def end(self) -> None:
+        """One that had a thread does not need it any more."""
+        self._free += 1
+        if self._waiting:
+            request = next(iter(self._waiting))
+            del self._waiting[request]
+            self.begin(request)
+
+    def leave(self, request: WsgiRequest) -> None:
+        self._waiting.pop(request, None)
 
 
 class WsgiRequest:
@@ -90,6 +120,7 @@ class WsgiRequest:
         "_body",
         "_held",
         "_left",
+        "_queued",
         "_space",
         "_unsent",
         "gone",
@@ -107,8 +138,9 @@ class WsgiRequest:
         self.gone = False  # the client is gone; read by both sides, only ever set
         self.submitted = False
         self.input: BodyInput | None = None
-        self._body: list[bytes] = []  # of a small body that is not complete yet
+        self._body: list[bytes] = []  # of a body that has no thread yet
         self._held = 0
+        self._queued = False  # it is one of those that have turns
         # -- the response
         self.response: ResponseHead | None = None  # from start_response
         self.headers_sent = False
@@ -122,23 +154,34 @@ class WsgiRequest:
         if self.submitted:
             if self.input is not None:
                 self.input.arrived()
-            return
-        stream = self.stream
-        head = stream.head
-        if not head.has_body:
-            self._submit()
-        elif head.expect or (head.content_length or 0) > SMALL_BODY or (head.chunked and self._held > SMALL_BODY):
-            self.input = BodyInput(self, b"".join(self._body))
-            self._body = []
-            self._submit()
-        else:
-            data, more = stream.take_body()
-            self._body.append(data)
-            self._held += len(data)
-            if not more:
-                self._submit()
-            elif head.chunked and self._held > SMALL_BODY:
-                self.body_arrived()
+        elif not self.stream.head.has_body:
+            self.submit()
+        elif self.stream.body_complete or not (self._queued or self.stream.head.expect):
+            self._gather()
+        elif not self._queued:  # the body comes when the application reads
+            self._queue()
+
+    def _gather(self) -> None:
+        data, more = self.stream.take_body()
+        self._body.append(data)
+        self._held += len(data)
+        if not more:
+            self.interface.uploads.leave(self)
+            self.submit()
+        elif self._held > SMALL_BODY:
+            self._queue()
+        elif len(self._body) > PIECES_MAX:
+            self._body = [b"".join(self._body)]
+
+    def _queue(self) -> None:
+        self._queued = True
+        self.interface.uploads.begin(self)
+
+    def stream_body(self) -> None:
+        """Its turn has come: call the application with what there is of the body, and the rest as it comes."""
+        self.input = BodyInput(self, b"".join(self._body))
+        self._body = []
+        self.submit()
 
     def disconnected(self) -> None:
         if self.stream.body_complete and self.stream.connected:
@@ -148,6 +191,7 @@ class WsgiRequest:
             self.input.arrived()
         self._give_space(0)
         if not self.submitted:
+            self.interface.uploads.leave(self)
             self.interface.active.discard(self)
             self.stream.fail()
 
@@ -158,7 +202,8 @@ class WsgiRequest:
         head = self.stream.head
         return f"{head.method} {show_target(head.target)}"
 
-    def _submit(self) -> None:
+    def submit(self) -> None:
+        """Have a thread call the application."""
         self.submitted = True
         self.interface.pool.submit(self.run)
 
@@ -179,6 +224,8 @@ class WsgiRequest:
         else:
             if self.gone:
                 interface.pool.post(self._fail)
+        if self.input is not None:
+            interface.pool.post(interface.uploads.end)
         if interface.errors.unfinished:
             interface.errors.flush()
 

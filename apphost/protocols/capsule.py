@@ -16,7 +16,8 @@ from typing import Any
 
 VERSION = 1
 HTTP, WEBSOCKET = "http1", "websocket"
-# bytes: the most that a connection buffers is BUFFER_MAX of http1.py and two reads of asyncio, of 256 KiB each
+# bytes: what a connection buffers is at most the default of limit_pipelined and two reads of asyncio, of 256 KiB each;
+# one with more waits until it has less
 BYTES_MAX = 65536 + 2 * 262144
 STATE_MAX = 65536  # bytes that an application may leave; what is larger belongs into a database
 # bytes of a WebSocket's messages and frames, and of its head, the default limit of one. With a third more for base64,

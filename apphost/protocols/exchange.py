@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 HIGH_WATER = 65536  # bytes of a body that wait for the application before reading pauses: one socket read more or less
 COPY_MAX = 16384  # bytes of a body that are cheaper to copy behind the head than to write separately
+PIECES_MAX = 64  # pieces that those may be in: a piece of two bytes takes forty
 DISCARD_MAX = 65536  # bytes of an unread body that are worth reading to keep the connection
 
 
@@ -108,7 +109,10 @@ class Exchange(Stream):
         body, rest = decoder.feed(data)
         self.expect = False
         if body and self.progress is not _DONE:
-            self._chunks.append(body)
+            chunks = self._chunks
+            chunks.append(body)
+            if len(chunks) > PIECES_MAX:
+                chunks[:] = [b"".join(chunks)]
         self.buffered += len(body)
         return rest
 

@@ -33,8 +33,6 @@ from apphost.protocols.strict import METHODS, UNDERSCORE, VERSIONS, check_raw, e
 from apphost.protocols.websocket import WebSocket
 from apphost.protocols.wire import Phase, Wire, addresses
 
-BUFFER_MAX = 65536  # bytes of pipelined requests that wait for their turn before reading pauses
-
 _LEADING_CRLF = re.compile(rb"(?:\r\n)+")  # RFC 9112, 2.2: some old clients send CRLF after a body
 
 
@@ -292,7 +290,7 @@ class Connection(Wire):
 
     def _keep(self, data: bytes) -> None:
         self.buffer = data
-        if len(data) > BUFFER_MAX:
+        if len(data) > self.context.limits.pipelined:
             self._pause()
 
     # -- WebSockets

@@ -63,6 +63,7 @@ class Limits:
     body: int = 0
     chunk_extension: int = 256  # nothing uses them; Go allows 16 bytes on average per chunk
     trailers: int = 8192
+    pipelined: int = 65536  # of requests that wait for their turn; then reading pauses
     easy: int = field(init=False)  # a head up to this size can break none of the limits for sizes
 
     def __post_init__(self) -> None:
@@ -217,7 +218,7 @@ def _join_repeated(headers: Headers) -> dict[bytes, bytes]:
             fields[name] = value
         elif name in _ONLY_ONCE:
             raise BadRequest(*_ONLY_ONCE[name])
-        elif name != b"expect" or fields[name] != value:
+        elif name != b"expect" or fields[name].lower() != value.lower():
             fields[name] += b"," + value
     return fields
 

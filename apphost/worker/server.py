@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from apphost.interfaces.admission import Admission
 from apphost.interfaces.lifespan import Lifespan
 from apphost.interfaces.mounts import Mounts
 from apphost.interfaces.threads import ThreadPool
@@ -81,6 +82,7 @@ class Server:
                 body=settings.limit_request_body,
                 chunk_extension=settings.limit_chunk_extension,
                 trailers=settings.limit_trailers,
+                pipelined=settings.limit_pipelined,
             ),
             timeouts=Timeouts(
                 keep_alive=settings.keep_alive,
@@ -128,6 +130,7 @@ class Server:
         if self.assignment.access_log is not None:
             self.context.access_log = AccessLog(self.assignment.access_log, self.settings.log_format, self.loop)
         lifespan = await self._start_application(app, interface)
+        self._limit_requests()
         self.context.websockets = self._websocket_options()
         if self.settings.ready_probe and self.state is State.BOOTING:
             await probe(self.loop, self.context, self.settings.ready_probe)
@@ -166,6 +169,11 @@ class Server:
             self.context.interface = Mounts(lambda prefix: factory(root_path=root + prefix))
         else:
             self.context.interface = factory(root_path=root)
+
+    def _limit_requests(self) -> None:
+        context, limit = self.context, self.settings.limit_requests
+        if limit:
+            context.interface = Admission(context.interface, limit, context.active, self.log, self.assignment.name)
 
     def _begin_serving(self) -> None:
         self._move(State.READY)

@@ -120,15 +120,12 @@ def test_slow_client(client: RawClient, key: str, framing: str) -> None:
 def test_reads_what_is_there(probe: Server, client: RawClient, key: str, framing: str) -> None:
     """G5, R3: the application is called, and reads, before the body is complete; it never waits for more than it asks.
 
-    The body is of the streamed kind; only its first lines have been sent when the application reads them.
+    A body streams once it is too large to be gathered; only its first lines have been sent when the application reads.
     """
-    body = b"first\nsecond\n" + b"x" * 100_000
+    body = b"y" * 70_000 + b"\nfirst\nsecond\n" + b"x" * 100_000
     mark = probe.mark()
     path = target("/input", steps="readline read:3 readline read", key=key)
-    first, *rest = framed(framing, [body[:20], body[20:50_000], body[50_000:]])
-    if framing == "chunked":  # a chunked body streams once it is too large to be gathered
-        body = b"y" * 70_000 + b"\n" + body
-        first = framed(framing, [body[:70_021]])[0]
+    first, *rest = framed(framing, [body[:70_021], body[70_021:90_000], body[90_000:]])
     client.send(head(framing, path, len(body)) + first)
     probe.wait_line(f"probe {key} did readline", after=mark)
     probe.wait_line(f"probe {key} did read:3", after=mark)
@@ -197,6 +194,24 @@ def test_slow_small_uploads_cost_no_thread(probe: Server, framing: str) -> None:
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
+@pytest.mark.parametrize("sent", [3, 70_000], ids=["a few bytes", "enough to stream"])
+def test_slow_large_uploads_leave_threads_to_others(probe: Server, framing: str, sent: int) -> None:
+    """G5: the first kind gets no thread at all, the other half of them at most; in the end all are answered."""
+    body = b"0123456789" * 10_000
+    first, *rest = framed(framing, [body[:sent], body[sent:]])
+    with ExitStack() as stack:
+        clients = [stack.enter_context(RawClient(probe.port)) for _ in range(12)]
+        for client in clients:
+            client.send(head(framing, target("/digest", size=10), len(body)) + first)
+        for _ in range(4):
+            ask(probe, "/pid")
+        for client in clients:
+            client.send(b"".join(rest))
+        for client in clients:
+            assert json.loads(client.read_response().body) == [len(body), hashlib.sha256(body).hexdigest()]
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
 @pytest.mark.parametrize("half", [False, True], ids=["closes", "half-closes"])
 def test_client_leaves_a_streamed_upload(probe: Server, key: str, framing: str, half: bool) -> None:
     """G5, R5: an OSError out of read, never an end of the body; no complaint about the application."""
@@ -228,7 +243,7 @@ def test_upload_that_stalls(probe: Server, key: str, size: int) -> None:
     """G5: 408 after request_body_timeout, and the thread is free again."""
     mark = probe.mark()
     with RawClient(probe.port) as client:
-        client.send(head("length", target("/input", steps="read", key=key), size) + b"abc")
+        client.send(head("length", target("/input", steps="read", key=key), size) + bytes(size // 2))
         assert client.read_response().status == 408
     if size > 6:
         probe.wait_line(f"probe {key} read raised ClientDisconnected, an OSError", after=mark)
@@ -306,6 +321,22 @@ def test_expect_of_http10(client: RawClient, key: str) -> None:
     client.send(f"POST {path} HTTP/1.0\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\nhello".encode())
     answer = client.read_response()
     assert (json.loads(answer.body)["results"], answer.interim) == (["hello"], [])
+
+
+def test_clients_that_wait_for_continue_leave_threads_to_others(probe: Server) -> None:
+    """G7, G5: they get half of the threads at most; those that go while they wait for one are forgotten."""
+    with ExitStack() as stack:
+        clients = [stack.enter_context(RawClient(probe.port)) for _ in range(12)]
+        for client in clients:
+            client.send(head("length", target("/digest", size=10), 5, ("Expect", "100-continue")))
+        for _ in range(4):
+            ask(probe, "/pid")
+        for client in clients[1::2]:
+            client.close()
+        for client in clients[::2]:
+            assert client.sock.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            client.send(b"hello")
+            assert json.loads(client.read_response().body) == [5, hashlib.sha256(b"hello").hexdigest()]
 
 
 def test_expect_of_a_client_that_leaves(probe: Server, key: str) -> None:
