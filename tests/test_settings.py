@@ -31,6 +31,7 @@ SAMPLES = {
     "root_path": ("/one", "/two"),
     "ready_probe": ("/one", "/two?x=1"),
     "umask": ("022", "027"),
+    "control": ("off", "/run/site/control"),
     "ws_on_reload": ("rejoin", "/chat/*=resume"),
 }
 
@@ -159,7 +160,7 @@ def test_defaults_without_any_source() -> None:
 
 def test_what_a_reload_cannot_change() -> None:
     fixed = {this.name for this in ALL if not this.reloadable}
-    assert fixed == {"bind", "backlog", "pidfile", "user", "group", "umask", "proc_name"}
+    assert fixed == {"bind", "backlog", "pidfile", "control", "user", "group", "umask", "proc_name"}
     old = Settings()
     new = dataclasses.replace(old, backlog=100, workers=3, user="www")
     assert module.restart_needed(old, new) == ("backlog", "user")
@@ -275,6 +276,12 @@ def test_a_factory_may_be_written_as_a_call() -> None:
             {},
             {"keep_alive": 1, "keep-alive": 2},
             f"keep_alive is set twice in {FILE}, with dashes and with underscores",
+        ),
+        (
+            {"control": "on"},
+            {},
+            {},
+            "bad value 'on' for control, on the command line (--control): expected auto, off, or a path with a '/'",
         ),
         (
             {"root_path": "shop"},

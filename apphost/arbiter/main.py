@@ -11,6 +11,8 @@ import time
 
 import apphost
 from apphost.arbiter.arbiter import Arbiter
+from apphost.arbiter.control import Control, open_control
+from apphost.arbiter.history import History
 from apphost.arbiter.pidfile import PidFile
 from apphost.arbiter.services import Happening, What
 from apphost.arbiter.state import StateError
@@ -34,8 +36,9 @@ def run(loaded: Loaded, source: Source) -> int:
     own: dict[str, tuple[int, int]] = {}
     try:
         listeners = _listen(settings, own)
+        control = open_control(settings, own, log)
         _say_hello(loaded, listeners, log)
-        return _run(Arbiter(loaded, source, listeners, log), own, pidfile)
+        return _run(Arbiter(loaded, source, listeners, log), own, pidfile, control, History(time.monotonic()))
     finally:
         _clean_up(own, pidfile)
 
@@ -64,6 +67,7 @@ def resume(word: str) -> int:
     _set_title(settings.proc_name)
     pidfile = PidFile.adopt(*state.pidfile) if state.pidfile is not None else None
     listeners = [socket.socket(fileno=fd) for fd in state.listeners]
+    own = state.own_sockets
     try:
         arbiter = Arbiter(Loaded(settings, {}), source, listeners, log)
         take_over(arbiter, state)
@@ -71,20 +75,26 @@ def resume(word: str) -> int:
             f"upgraded: apphost {apphost.__version__} on Python {platform.python_version()} goes on with "
             f"{len(arbiter.workers)} workers, pid {os.getpid()}"
         )
-        return _run(arbiter, state.own_sockets, pidfile, ReloadAsked())
+        # An arbiter that knew of no control sockets has handed over none.
+        control = socket.socket(fileno=state.control) if state.control >= 0 else open_control(settings, own, log)
+        history = History.from_wire(state.history, time.monotonic())
+        return _run(arbiter, own, pidfile, control, history, ReloadAsked())
     finally:
-        _clean_up(state.own_sockets, pidfile)
+        _clean_up(own, pidfile)
 
 
 def _run(
     arbiter: Arbiter,
     own: dict[str, tuple[int, int]],
     pidfile: PidFile | None,
+    listener: socket.socket | None,
+    history: History,
     first: Event = Tick(),  # noqa: B008
 ) -> int:
     locked = (pidfile.path, pidfile.fileno()) if pidfile is not None else None
-    arbiter.upgrade = Upgrade(arbiter, own, locked)
-    arbiter.services.append(arbiter.upgrade)
+    control = Control(arbiter, listener, history) if listener is not None else None
+    arbiter.upgrade = Upgrade(arbiter, own, locked, control)
+    arbiter.services += [arbiter.upgrade] if control is None else [arbiter.upgrade, control]
     code = arbiter.run(first)
     arbiter.log.info(f"stopped, exit {code}")
     return code

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from apphost.arbiter.fleet import Fleet, Worker
@@ -35,7 +35,8 @@ class ArbiterState:
     """Everything. Descriptors stay open across exec, and the monotonic clock that times are of goes on.
 
     leaving: fork servers whose channels have ended, so only their exits are awaited. own_sockets: path to (device,
-    inode) of the Unix sockets to remove at the end. pidfile: path and locked descriptor.
+    inode) of the Unix sockets to remove at the end. pidfile: path and locked descriptor. control: the listening control
+    socket, -1: none. history: that of `status`.
     """
 
     fleet: Fleet
@@ -47,6 +48,8 @@ class ArbiterState:
     leaving: list[ForkServer]
     own_sockets: dict[str, tuple[int, int]]
     pidfile: tuple[str, int] | None
+    control: int = -1
+    history: dict[str, Any] = field(default_factory=dict)
 
     @property
     def descriptors(self) -> list[int]:
@@ -54,6 +57,7 @@ class ArbiterState:
         fds = [*self.listeners, *(w.dump for w in self.workers), *(w.channel.fileno() for w in self.workers)]
         fds += [server.dump for server in (*self.fork_servers, *self.leaving)]
         fds += [server.channel.fileno() for server in self.fork_servers]
+        fds += [self.control] if self.control >= 0 else []
         return fds + ([self.pidfile[1]] if self.pidfile is not None else [])
 
     def to_wire(self) -> dict[str, Any]:
@@ -78,6 +82,8 @@ class ArbiterState:
                 leaving=[_process(ForkServer, each, open_channel) for each in wire["leaving"]],
                 own_sockets={path: (int(dev), int(ino)) for path, (dev, ino) in wire["own_sockets"].items()},
                 pidfile=(str(pidfile[0]), int(pidfile[1])) if pidfile is not None else None,
+                control=int(wire.get("control", -1)),
+                history=dict(wire.get("history", {})),
             )
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as exc:
             raise StateError(f"{type(exc).__name__}: {exc}") from None
