@@ -42,7 +42,7 @@ def clean_control(value: str) -> str:
 
     if value not in (AUTO, OFF):
         if "/" not in value:
-            raise ValueError(f"expected {AUTO}, {OFF}, or a path with a '/', such as /run/site/control or ./control")
+            raise ValueError(f"expected {AUTO}, {OFF}, or a path with a '/'")
         parse_bind(f"unix:{value}")
     return value
 

@@ -101,15 +101,16 @@ def _rates(worker: Line, at: float, before: Mapping[int, Sample]) -> tuple[str, 
 
 
 def headline(status: Line) -> str:
-    where = f"generation {status['good']}, " if status["good"] else ""
+    """What it is, and whether all is well."""
+    return escape(f"{status['app']}: {status['what']}")
+
+
+def _about(status: Line) -> str:
+    generation = f"generation {status['good']}, " if status["good"] else ""
+    places = f", listening at {', '.join(status['listening'])}" if status["listening"] else ""
     return (
-        escape(
-            f"{status['app']} is {status['what']}: {where}pid {status['pid']}, up {duration(status['uptime'])}, "
-            f"apphost {status['version']} on Python {status['python']}"
-        )
-        .replace(" is the last", ": the last")
-        .replace(" is only", ": only")
-        .replace(" is told", ": told")
+        f"{generation}pid {status['pid']}, up {duration(status['uptime'])}, apphost {status['version']} on Python "
+        f"{status['python']}{places}"
     )
 
 
@@ -124,7 +125,7 @@ def status_text(status: Line, pss: Mapping[int, int], at: float, before: Mapping
             duration(each["oldest"]["seconds"]) if each["oldest"] else _NONE, number(each["connections"]),
             size(each["rss"]), size(pss.get(each["pid"])), cpu, str(each["code"].get("hash", _NONE))[:8],
         ])  # fmt: skip
-    lines = [f"listening at {', '.join(map(escape, status['listening']))}"] if status["listening"] else []
+    lines = textwrap.wrap(escape(_about(status)), WIDTH, break_on_hyphens=False)
     lines += ["", *table(_WORKER, rows, ("state", "code")), ""]
     for paragraph in _notes(status):
         lines += textwrap.wrap(escape(paragraph), WIDTH, subsequent_indent="  ", break_on_hyphens=False)

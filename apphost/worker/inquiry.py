@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import socket
 import struct
 import sys
@@ -30,7 +31,7 @@ from apphost.worker import fingerprint
 CONNECTIONS_MAX = 1000
 TASKS_MAX = 200
 FRAMES_MAX = 50  # of a stack, the innermost
-LINES_MAX = 5000
+STACKS_MAX = 1 << 19  # bytes of JSON
 LINE_MAX = 200  # characters
 PATH_MAX = 200  # characters of a request path
 
@@ -99,10 +100,15 @@ class Inquiry:
     # -- stacks
 
     def _stacks(self) -> Message:
-        lines = list(itertools.islice(itertools.chain(thread_stacks(), task_stacks(self._loop)), LINES_MAX + 1))
-        cut = len(lines) > LINES_MAX
-        lines = [escape(line[:LINE_MAX]) for line in lines[:LINES_MAX]]
-        return {"stacks": [*lines, "(more was left out)"] if cut else lines}
+        lines: list[str] = []
+        left = STACKS_MAX
+        for line in itertools.chain(thread_stacks(), task_stacks(self._loop)):
+            lines.append(escape(line[:LINE_MAX]))
+            left -= len(json.dumps(lines[-1])) + 1
+            if left < 0:
+                lines.append("(more was left out)")
+                break
+        return {"stacks": lines}
 
 
 def describe_connection(connection: Connection, now: float) -> dict[str, Any]:
