@@ -14,6 +14,7 @@ import pytest
 
 from apphost.arbiter import vocabulary as v
 from apphost.arbiter.arbiter import _SIGNALS
+from apphost.arbiter.control import _COMMANDS as REQUESTS
 from apphost.cli import program
 from apphost.errors import ExitCode
 from apphost.operate.commands import COMMANDS
@@ -113,6 +114,18 @@ def test_signals() -> None:
         assert effect.startswith(expected[signal]), signal
 
 
+def test_commands_and_requests() -> None:
+    """docs/control.md has every command and every request with its arguments."""
+    text = GUIDES["control.md"].read_text(encoding="utf-8")
+    commands = [cells[0].strip("`").split()[1] for cells in rows(text.partition("## Which server")[0])]
+    assert sorted(commands) == sorted(COMMANDS)
+    requests = [json.loads(match) for match in re.findall(r'^\| `(\{"do".+?\})` \|', text, re.MULTILINE)]
+    documented = {request.pop("do"): set(request) for request in requests}
+    assert documented == {name: set(arguments) for name, (_, arguments) in REQUESTS.items()}
+    codes = re.findall(r"^\| (\d+) \|", text.partition("## Reload and its outcome")[2], re.MULTILINE)
+    assert [int(code) for code in codes] == [0, *(int(code) for code in ExitCode if code >= ExitCode.UNREACHABLE)]
+
+
 # Options, variables, settings
 
 
@@ -124,7 +137,7 @@ def test_every_option_exists(path: Path) -> None:
 @pytest.mark.parametrize("path", GUIDES.values(), ids=list(GUIDES))
 def test_every_variable_exists(path: Path) -> None:
     known = {ENV_PREFIX + name.upper() for name in SETTINGS} | {CONFIG_VARIABLE, ENV_PREFIX}
-    assert set(re.findall(rf"{ENV_PREFIX}[A-Z_]*", path.read_text(encoding="utf-8"))) <= known
+    assert set(re.findall(rf"(?<!_){ENV_PREFIX}[A-Z_]*", path.read_text(encoding="utf-8"))) <= known
 
 
 @pytest.mark.parametrize("text", each_snippet("toml"))

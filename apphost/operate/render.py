@@ -14,6 +14,7 @@ from apphost.logs import escape
 from apphost.settings import SETTINGS
 
 WIDTH = 100  # columns
+MOMENT = 0.5  # s: beats are that far apart, so a rate over less means nothing
 SLOW = 1.0  # s in progress, from which on a request is named
 
 Line = Mapping[str, Any]
@@ -90,14 +91,13 @@ def _rates(worker: Line, at: float, before: Mapping[int, Sample]) -> tuple[str, 
     """Requests a second and CPU per cent: since the sample before, or on the average of its life."""
     then = before.get(int(worker["worker"]))
     if then is not None and at > then[0]:
-        seconds, requests, cpu = at - then[0], then[1], then[2]
-        serving = seconds
+        seconds = serving = at - then[0]
+        requests, cpu = then[1], then[2]
     else:
-        seconds, requests, cpu = float(worker["age"]) or 1.0, 0, 0.0
-        serving = float(worker["serving"] or 0.0)
-    rate = (int(worker["requests"]) - requests) / serving if serving else 0.0
-    busy = _NONE if worker["cpu"] is None else f"{100 * (float(worker['cpu']) - cpu) / seconds:.0f}%"
-    return f"{rate:.1f}" if rate < 100 else f"{rate:.0f}", busy
+        seconds, serving, requests, cpu = float(worker["age"]), float(worker["serving"] or 0.0), 0, 0.0
+    rate = (int(worker["requests"]) - requests) / max(serving, MOMENT)
+    busy = _NONE if worker["cpu"] is None else f"{number(100 * (float(worker['cpu']) - cpu) / max(seconds, MOMENT))}%"
+    return f"{rate:.1f}" if rate < 100 else number(rate), busy
 
 
 def headline(status: Line) -> str:

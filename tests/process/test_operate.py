@@ -269,6 +269,15 @@ def test_requests_connections_and_tasks(tmp_path: Path) -> None:
         assert busy.read_response().status == 200
 
 
+def test_every_key_of_status_is_documented(tmp_path: Path) -> None:
+    documented = set(re.findall(r"`(\w+)`", (Path(__file__).parents[2] / "docs" / "control.md").read_text()))
+    with serving(tmp_path, "asgi") as server:
+        wait_for(lambda: status(server)["workers"][0]["code"])
+        found = status(server)
+        assert set(found) <= documented
+        assert set(found["workers"][0]) | set(found["workers"][0]["code"]) <= documented
+
+
 def test_scale(tmp_path: Path) -> None:
     with serving(tmp_path, "asgi") as server:
         done = operate(server, "scale", "3")
