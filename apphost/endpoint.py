@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import socket
 import struct
 import sys
@@ -82,7 +81,7 @@ def may_command(peer: Peer | None) -> bool:
 def open_abstract() -> socket.socket:
     """A listening, non-blocking abstract socket. Raises `OSError`."""
     for number in range(_TRIES):
-        token = _pid_namespace() if number == 0 else secrets.token_hex(8)
+        token = _pid_namespace() if number == 0 else os.urandom(8).hex()
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.bind(f"\0{PREFIX}{os.getpid()}/{token}".encode("ascii"))
@@ -100,7 +99,7 @@ def _pid_namespace() -> str:
     try:
         return str(os.stat("/proc/self/ns/pid").st_ino)
     except OSError:
-        return secrets.token_hex(8)
+        return os.urandom(8).hex()
 
 
 def listed(table: str) -> Iterator[Found]:

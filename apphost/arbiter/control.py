@@ -160,7 +160,6 @@ def guarded(method: T) -> T:
     def wrapper(self: Control, *args: Any) -> None:
         try:
             method(self, *args)
-            self.serve()
         except Exception:
             trace = traceback.format_exc()
             self.arbiter.log.write("error", "internal error in the control socket; it goes on", trace)
@@ -180,7 +179,6 @@ class Control:
         self._clients: list[Client] = []
         self._news = False  # something has happened, and jobs have not looked at what has come of it
         self._paused_until: float | None = None
-        self._serving = False
         arbiter.hub.watch(listener, selectors.EVENT_READ, self._accept)
 
     def fileno(self) -> int:
@@ -228,6 +226,7 @@ class Control:
                 job.expire(now)
             if client.due is not None and client.due <= now:
                 self._drop(client)
+        self._serve()
 
     @guarded
     def close(self) -> None:
@@ -313,6 +312,7 @@ class Control:
             client.flush()
         if mask & selectors.EVENT_READ and not client.ended:
             client.receive()
+        self._serve()
         self._watch(client)
 
     def _drop(self, client: Client) -> None:
@@ -325,17 +325,15 @@ class Control:
 
     # -- requests
 
-    def serve(self) -> None:
-        """Answer what was asked, each client's requests one after the other."""
-        if self._serving:
-            return  # an order that is being carried out tells us what happens
-        self._serving = True
-        try:
-            for client in list(self._clients):
-                while client.lines and client.job is None and not client.lost:
-                    self._answer(client, client.lines.popleft())
-        finally:
-            self._serving = False
+    def _serve(self) -> None:
+        """Answer what was asked, each client's requests one after the other.
+
+        Only from the arbiter's loop, never while it carries out an order: what is asked then would be answered with
+        how things were before.
+        """
+        for client in list(self._clients):
+            while client.lines and client.job is None and not client.lost:
+                self._answer(client, client.lines.popleft())
 
     def _answer(self, client: Client, line: bytes) -> None:
         try:

@@ -41,7 +41,7 @@ _TCP_BYTES = 120  # offset in struct tcp_info of tcpi_bytes_acked and, behind it
 def describe(exchange: Exchange) -> str:
     """`GET /path`, without the query, which may hold secrets."""
     head = exchange.head
-    path = head.raw_path.decode("latin-1")
+    path = head.raw_path.decode("ascii", "backslashreplace")
     return escape(f"{head.method} {path if len(path) <= PATH_MAX else path[:PATH_MAX] + '...'}")
 
 
@@ -124,7 +124,7 @@ def describe_connection(connection: Connection, now: float) -> dict[str, Any]:
     if exchange is not None:
         row["request"] = describe(exchange)
     elif websocket is not None:
-        row["request"] = escape(f"WebSocket {websocket.head.raw_path.decode('latin-1')[:PATH_MAX]}")
+        row["request"] = escape(f"WebSocket {websocket.head.raw_path.decode('ascii', 'backslashreplace')[:PATH_MAX]}")
     row |= {"received": received, "sent": sent, "movable": not why}
     if why:
         row["why"] = why
