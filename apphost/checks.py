@@ -43,6 +43,17 @@ def clean_owner(owner: str) -> str:
     return owner
 
 
+def clean_control(value: str) -> str:
+    from apphost.endpoint import AUTO, OFF
+    from apphost.sockets import parse_bind
+
+    if value not in (AUTO, OFF):
+        if "/" not in value:
+            raise ValueError(f"expected {AUTO}, {OFF}, or a path with a '/'")
+        parse_bind(f"unix:{value}")
+    return value
+
+
 def clean_root_path(path: str) -> str:
     if path and not path.startswith("/"):
         raise ValueError("expected a path that starts with '/'")

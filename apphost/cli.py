@@ -3,6 +3,7 @@
     apphost [run] APP      serve
     apphost check APP      load the application as a worker would, then exit
     apphost config [APP]   show each setting and where it came from
+    apphost status ...     and the others of `OPERATE`: talk to a running server; see `apphost.operate`
 
 Every error for the operator leaves as one paragraph on stderr, `apphost: error: ...`, with the exit code of its class.
 """
@@ -27,6 +28,8 @@ from apphost.values import Setting
 _INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 _IMPLIED = f"{__name__}.run_is_implied"  # in ctx.meta: the word `run` was not typed
 _FIRST_HEADING = SETTINGS["app"].heading
+# Commands that are imported when one is used: what they need is nothing for the arbiter.
+OPERATE = ("status", "connections", "reload", "stop", "scale", "stacks", "upgrade")
 _HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -35,11 +38,24 @@ class _Program(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         own = {name for parameter in self.get_params(ctx) for name in parameter.opts}
-        asks_for_us = args and (args[0] in self.commands or args[0] in own)
+        asks_for_us = args and (self.knows(args[0]) or args[0] in own)
         if not asks_for_us and not ctx.resilient_parsing:  # shell completion asks for the commands too
             args = ["run", *args]
             ctx.meta[_IMPLIED] = True
         return super().parse_args(ctx, args)
+
+    def knows(self, name: str) -> bool:
+        return name in self.commands or name in OPERATE
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*super().list_commands(ctx), *OPERATE]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in OPERATE:
+            from apphost.operate.commands import COMMANDS
+
+            return COMMANDS[cmd_name]
+        return super().get_command(ctx, cmd_name)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         self.format_commands(ctx, formatter)
@@ -199,7 +215,7 @@ def _require_app(loaded: Loaded, ctx: click.Context) -> None:
             "It can also be set as `app` in apphost.toml or pyproject.toml, or in APPHOST_APP. "
             "`apphost --help` tells more."
         )
-    if app in program.commands and ctx.meta.get(_IMPLIED) and _is_given(ctx, "app"):
+    if program.knows(app) and ctx.meta.get(_IMPLIED) and _is_given(ctx, "app"):
         raise SettingsError(
             f"the command comes before its options: apphost {app} [OPTIONS]; "
             f"to serve a module that is called {app}: apphost run {app}"

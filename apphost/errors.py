@@ -25,6 +25,12 @@ class ExitCode(enum.IntEnum):
     ADDRESS = 4  # a listener cannot be opened
     RUNNING = 5  # the pidfile belongs to a running apphost
     PRIVILEGES = 6  # user, group or a file that may not be used
+    # Of the commands that talk to a running arbiter:
+    UNREACHABLE = 7  # there is none, there are several, or it does not obey
+    GIVEN_UP = 8  # a reload or an upgrade was given up: the old code keeps serving
+    SUPERSEDED = 9  # a newer reload has taken the place of this one
+    GONE = 10  # the arbiter stops, or has ended
+    TIMED_OUT = 11  # the command did not see the end of what it waited for
 
 
 class ApphostError(Exception):
@@ -59,6 +65,26 @@ class AlreadyRunningError(ApphostError):
 
 class PrivilegesError(ApphostError):
     exit_code = ExitCode.PRIVILEGES
+
+
+class UnreachableError(ApphostError):
+    exit_code = ExitCode.UNREACHABLE
+
+
+class GivenUpError(ApphostError):
+    exit_code = ExitCode.GIVEN_UP
+
+
+class SupersededError(ApphostError):
+    exit_code = ExitCode.SUPERSEDED
+
+
+class GoneError(ApphostError):
+    exit_code = ExitCode.GONE
+
+
+class TimedOutError(ApphostError):
+    exit_code = ExitCode.TIMED_OUT
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

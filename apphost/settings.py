@@ -19,6 +19,7 @@ from apphost.checks import (
     clean_allowed_hosts,
     clean_app,
     clean_bind,
+    clean_control,
     clean_forwarded_fields,
     clean_on_reload,
     clean_owner,
@@ -90,6 +91,9 @@ class Settings:
         f"Directories put in front of `sys.path`, separated by `{os.pathsep}`.", separator=os.pathsep, metavar="DIRS")
 
     pidfile: str = setting("", _PROCESS, "File for the pid of the arbiter.", reloadable=False, metavar="FILE")
+    control: str = setting("auto", _PROCESS,
+        "Socket for `apphost status` and the other commands: `auto` needs no file (Linux), `off`, or a path.",
+        reloadable=False, clean=clean_control, metavar="auto|off|PATH")
     backlog: int = setting(2048, _PROCESS,
         "Connections that may wait to be accepted; the kernel caps it at `net.core.somaxconn`.",
         low=1, high=65535, reloadable=False)

@@ -14,8 +14,10 @@ import pytest
 
 from apphost.arbiter import vocabulary as v
 from apphost.arbiter.arbiter import _SIGNALS
+from apphost.arbiter.control import _COMMANDS as REQUESTS
 from apphost.cli import program
 from apphost.errors import ExitCode
+from apphost.operate.commands import COMMANDS
 from apphost.settings import BEGIN, CONFIG_VARIABLE, ENV_PREFIX, SETTINGS
 from apphost.sources import parse_file, resolve
 from tests.corpus import load_all
@@ -33,7 +35,7 @@ ALL = [
 ]
 OPTIONS = {
     name
-    for command in (program, *program.commands.values())
+    for command in (program, *program.commands.values(), *COMMANDS.values())
     for parameter in command.params
     for name in (*parameter.opts, *parameter.secondary_opts)
 } | {"--help", "-h"}
@@ -171,6 +173,18 @@ def test_limits_and_deadlines() -> None:
             assert f"`{name}`" in text, name
 
 
+def test_commands_and_requests() -> None:
+    """docs/control.md has every command and every request with its arguments."""
+    text = GUIDES["control.md"].read_text(encoding="utf-8")
+    commands = [cells[0].strip("`").split()[1] for cells in rows(text.partition("## Which server")[0])]
+    assert sorted(commands) == sorted(COMMANDS)
+    requests = [json.loads(match) for match in re.findall(r'^\| `(\{"do".+?\})` \|', text, re.MULTILINE)]
+    documented = {request.pop("do"): set(request) for request in requests}
+    assert documented == {name: set(arguments) for name, (_, arguments) in REQUESTS.items()}
+    codes = re.findall(r"^\| (\d+) \|", text.partition("## Reload and its outcome")[2], re.MULTILINE)
+    assert [int(code) for code in codes] == [0, *(int(code) for code in ExitCode if code >= ExitCode.UNREACHABLE)]
+
+
 # Options, variables, settings
 
 
@@ -182,7 +196,7 @@ def test_every_option_exists(path: Path) -> None:
 @pytest.mark.parametrize("path", GUIDES.values(), ids=list(GUIDES))
 def test_every_variable_exists(path: Path) -> None:
     known = {ENV_PREFIX + name.upper() for name in SETTINGS} | {CONFIG_VARIABLE, ENV_PREFIX}
-    assert set(re.findall(rf"{ENV_PREFIX}[A-Z_]*", path.read_text(encoding="utf-8"))) <= known
+    assert set(re.findall(rf"(?<!_){ENV_PREFIX}[A-Z_]*", path.read_text(encoding="utf-8"))) <= known
 
 
 @pytest.mark.parametrize("text", each_snippet("toml"))
@@ -294,6 +308,9 @@ def served_commands() -> Iterator[object]:
 @pytest.mark.parametrize("words", list(served_commands()))
 def test_apphost_commands_would_be_accepted(words: list[str]) -> None:
     """The options exist and their values are allowed, as far as that can be told without the application."""
+    if words[0] in COMMANDS:
+        COMMANDS[words[0]].make_context("apphost", words[1:])
+        return
     named = words[0] if words[0] in program.commands else ""
     arguments = words[1:] if named else words[:]
     only_mentioned = named and not arguments

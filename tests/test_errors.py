@@ -19,13 +19,14 @@ def test_exit_codes() -> None:
     """Tools rely on them: a change is a break. Below 64, so no signal's 128 + n and none of sysexits.h."""
     assert {code.name: code.value for code in ExitCode} == {
         "OK": 0, "INTERNAL": 1, "USAGE": 2, "APPLICATION": 3, "ADDRESS": 4, "RUNNING": 5, "PRIVILEGES": 6,
+        "UNREACHABLE": 7, "GIVEN_UP": 8, "SUPERSEDED": 9, "GONE": 10, "TIMED_OUT": 11,
     }  # fmt: skip
 
 
 def test_every_error_has_a_code_of_its_own() -> None:
     classes = [each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, ApphostError)]
     codes = [each.exit_code for each in classes]
-    assert len(set(codes)) == len(classes) == 6
+    assert len(set(codes)) == len(classes) == 11
     assert ApphostError("x").exit_code is ExitCode.INTERNAL
     error = errors.SettingsError("a message", "a detail")
     assert (error.message, error.detail, str(error)) == ("a message", "a detail", "a message")

@@ -70,7 +70,7 @@ def part(name: str) -> str:
 # What the files of a part may import of the other parts; a part that is not named here may import anything.
 _SHARED = {
     "checks", "messages", "lifecycle", "settings", "sources", "values", "cpu", "errors", "logs", "sockets", "bytecode",
-    "privileges", "peers",
+    "privileges", "peers", "endpoint",
 }  # fmt: skip
 ALLOWED = {
     "arbiter": _SHARED | {"forkserver"},
@@ -78,6 +78,7 @@ ALLOWED = {
     "interfaces": {"errors", "logs", "protocols", "values", "lifecycle"},
     "protocols": {"errors", "logs", "values", "lifecycle"},
     "forkserver": _SHARED | {"worker"},
+    "operate": {"endpoint", "errors", "logs", "settings", "values"},
     "messages": set(),
     "lifecycle": set(),
     "errors": set(),
@@ -86,7 +87,8 @@ ALLOWED = {
     "sockets": {"errors"},
     "privileges": {"errors"},
     "peers": set(),
-    "settings": {"checks", "errors", "values", "cpu", "sockets", "privileges"},
+    "endpoint": set(),
+    "settings": {"checks", "errors", "values", "cpu", "sockets", "privileges", "endpoint"},
     "sources": {"settings", "errors", "values"},
 }
 
@@ -150,7 +152,7 @@ def test_importing_the_arbiter_loads_nothing_foreign() -> None:
     assert "apphost.arbiter.arbiter" in modules
     assert not {name.partition(".")[0] for name in modules} & set(FOREIGN)
     assert not {name for name in modules if name.startswith(("apphost.worker", "apphost.protocols"))}
-    assert not {name for name in modules if name.startswith("apphost.interfaces")}
+    assert not {name for name in modules if name.startswith(("apphost.interfaces", "apphost.operate"))}
     # The same look at a worker's modules finds them: it is able to.
     assert {"asyncio", "h11"} <= loaded_by("import apphost.worker.main, apphost.protocols.h11_parser")
 
@@ -193,6 +195,7 @@ def test_a_running_arbiter_has_loaded_nothing_foreign(tmp_path: Path) -> None:
     worker = set((tmp_path / "modules" / str(workers[-1])).read_text().split())
     assert {"apphost.arbiter.arbiter", "selectors"} <= arbiter
     assert not {name.partition(".")[0] for name in arbiter} & {*FOREIGN, "site_app", "decimal"}
+    assert not {name for name in arbiter if name.startswith("apphost.operate")}, "commands are for other processes"
     assert {"asyncio", "site_app", "decimal"} <= worker
     assert "apphost.arbiter.arbiter" not in worker
 

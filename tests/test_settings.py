@@ -33,6 +33,7 @@ SAMPLES = {
     "umask": ("022", "027"),
     "unix_socket_mode": ("600", "660"),
     "tls_keyfile": ("one.key", "two.key"),
+    "control": ("off", "/run/site/control"),
     "ws_on_reload": ("rejoin", "/chat/*=resume"),
     "trusted_proxies": ("10.0.0.0/8", "unix"),
     "forwarded_fields": ("for", "proto"),
@@ -172,7 +173,7 @@ def test_defaults_without_any_source() -> None:
 
 def test_what_a_reload_cannot_change() -> None:
     fixed = {this.name for this in ALL if not this.reloadable}
-    assert fixed == {"bind", "backlog", "pidfile", "user", "group", "umask", "proc_name",
+    assert fixed == {"bind", "backlog", "pidfile", "control", "user", "group", "umask", "proc_name",
                      "unix_socket_mode", "unix_socket_owner"}  # fmt: skip
     old = Settings()
     new = dataclasses.replace(old, backlog=100, workers=3, user="www")
@@ -291,6 +292,12 @@ def test_a_factory_may_be_written_as_a_call() -> None:
             {},
             {"keep_alive": 1, "keep-alive": 2},
             f"keep_alive is set twice in {FILE}, with dashes and with underscores",
+        ),
+        (
+            {"control": "on"},
+            {},
+            {},
+            "bad value 'on' for control, on the command line (--control): expected auto, off, or a path with a '/'",
         ),
         (
             {"root_path": "shop"},

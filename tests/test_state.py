@@ -107,6 +107,8 @@ def example(make: Callable[[bytes], Channel], fleet: Fleet | None = None) -> Arb
         own_sockets={"/run/x": (2049, 123456789012, 1_700_000_000_123_456_789)},
         pidfile=("/run/apphost.pid", 5),
         plain=[4],
+        control=6,
+        history={"started": 1.5, "replaced": {"reload": 2}, "ends": [{"at": 3.5, "why": "crashed"}]},
     )
 
 
@@ -139,7 +141,7 @@ def test_the_descriptors_are_all_that_must_stay_open() -> None:
     with channels() as make:
         state = example(make)
         live = [each.channel.fileno() for each in (*state.workers, *state.fork_servers)]
-        assert sorted(state.descriptors) == sorted([3, 4, 5, 11, 12, 20, 21, 22, *live])
+        assert sorted(state.descriptors) == sorted([3, 4, 5, 6, 11, 12, 20, 21, 22, *live])
         state.pidfile = None
         assert 5 not in state.descriptors
 
@@ -227,7 +229,7 @@ def test_unknown_keys_are_ignored() -> None:
         kept = wire["source"], [worker["names"] for worker in wire["workers"]]
         wire = sprinkled(wire)
         # Free forms: they come back as they are.
-        wire["source"] = kept[0]
+        wire["source"], wire["history"] = kept[0], state.history
         for worker, names in zip(wire["workers"], kept[1], strict=True):
             worker["names"] = names
         assert "of_the_future" in wire["fleet"]["workers"]["3"]

@@ -25,7 +25,6 @@ from apphost.arbiter.processes import (
     become_subreaper,
     kill,
     make_dump_file,
-    read_last_words,
     reap,
 )
 from apphost.arbiter.reports import Report, fleet_config, who
@@ -209,10 +208,7 @@ class Arbiter:
     def _hear_worker(self, worker: WorkerProcess, message: Message) -> None:
         kind = message["t"]
         if kind == "beat":
-            worker.requests = int(message["requests"])
-            worker.errors = int(message.get("errors", 0))
-            worker.connections = int(message["connections"])
-            worker.active = int(message["active"])
+            worker.take_beat(message, time.monotonic())
             self._feed(v.WorkerBeat(worker.wid))
             self._judge_canary()
         elif kind == "ready":
@@ -227,6 +223,8 @@ class Arbiter:
             worker.expected = True
             self.tell(What.DRAINING, worker=worker, text=str(message["why"]))
             self._feed(v.WorkerLeaves(worker.wid))
+        elif kind == "code":
+            worker.code = message["facts"]
         elif kind == "answer":
             self.tell(What.ANSWER, worker=worker, message=message)
 
@@ -239,10 +237,10 @@ class Arbiter:
         what = ", ".join(worker.names.values())
         self.log.info(f"{worker.name} ready in {message['seconds']:.2f} s ({what})", **who(worker), **worker.names)
         settings = self.fork_servers.settings(worker.generation) or self.settings
+        self.tell(What.READY, worker=worker)
         self._feed(v.WorkerReady(worker.wid, fleet_config(settings)))
         self._adopt_settings(settings, worker.generation)
         self._introduce(worker)
-        self.tell(What.READY, worker=worker)
 
     def _adopt_settings(self, new: Settings, generation: int) -> None:
         """A generation works, so its settings are the ones that count from now on."""
@@ -274,7 +272,7 @@ class Arbiter:
         # Its reasons may still be on the way when its exit is reported.
         self.hub.read_rest(worker.channel, lambda message: self._hear_last(worker, message), REST_READS)
         self.hub.forget(worker.channel)
-        last_words = read_last_words(worker.dump)
+        last_words = worker.last_words()
         os.close(worker.dump)
         age = time.monotonic() - worker.born
         figures = {**who(worker), "status": status, "seconds": round(age, 3), "requests": worker.requests}

@@ -42,6 +42,14 @@ def _names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
+def _facts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(each, (str, int, type(None))) for each in value.values())
+
+
+def _request(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and len(value) == 2 and _seconds(value[0]) and _text(value[1]))
+
+
 _NEEDED: Mapping[str, Mapping[str, Check]] = {
     "beat": {"requests": _count, "connections": _count, "active": _count},
     "ready": {"seconds": _seconds},
@@ -51,8 +59,16 @@ _NEEDED: Mapping[str, Mapping[str, Check]] = {
     "settings": {"settings": _settings},
     "forked": {"wid": _count, "pid": _count},
     "exited": {"wid": _count, "status": _status},
+    "answer": {"id": _count},
+    "code": {"facts": _facts},
 }
-_OPTIONAL: Mapping[str, Check] = {"errors": _count, "code": _status, "wid": _count, "ignored": _names}
+_OPTIONAL: Mapping[str, Check] = {
+    "errors": _count,
+    "code": _status,
+    "wid": _count,
+    "ignored": _names,
+    "oldest": _request,
+}
 
 
 def examine(message: Message) -> None:

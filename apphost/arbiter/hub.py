@@ -1,10 +1,11 @@
-"""What the arbiter waits for: signals and channels, in one selector."""
+"""What the arbiter waits for: signals, channels and the sockets of services, in one selector."""
 
 from __future__ import annotations
 
 import os
 import selectors
 import signal
+import socket
 from collections import deque
 from collections.abc import Callable, Iterable
 from types import FrameType
@@ -15,7 +16,7 @@ from apphost.messages import Channel, Message, ProtocolError
 
 
 class Hub:
-    """One selector over the wake-up pipe of the signals and any number of channels.
+    """One selector over the wake-up pipe of the signals, any number of channels, and what services watch.
 
     Channels are read when they have something and written to when they can take it; nothing here ever blocks but
     `wait`. Descriptors that come with messages are closed: nobody sends the arbiter any.
@@ -111,6 +112,23 @@ class Hub:
         if self._listens_to(channel):
             self._selector.unregister(channel)
         channel.close()
+
+    # -- other descriptors
+
+    def watch(self, sock: socket.socket, events: int, ready: Callable[[int], None]) -> None:
+        """Call `ready` with what has come of `events` (of `selectors`), from now on; again: with other events.
+
+        It may be called once more after `unwatch`, when both came in the same turn.
+        """
+        if sock.fileno() in self._selector.get_map():
+            self._selector.modify(sock, events, ready)
+        else:
+            self._selector.register(sock, events, ready)
+
+    def unwatch(self, sock: socket.socket) -> None:
+        """Before it is closed."""
+        if sock.fileno() >= 0 and sock.fileno() in self._selector.get_map():
+            self._selector.unregister(sock)
 
     def _listens_to(self, channel: Channel) -> bool:
         # A closed channel has no descriptor, which makes the selector's own look-up raise.

@@ -6,10 +6,13 @@ import dataclasses
 import os
 import platform
 import signal
+import socket
 import time
 
 import apphost
 from apphost.arbiter.arbiter import Arbiter
+from apphost.arbiter.control import Control, open_control
+from apphost.arbiter.history import History
 from apphost.arbiter.pidfile import PidFile
 from apphost.arbiter.services import Happening, What
 from apphost.arbiter.state import StateError
@@ -35,8 +38,9 @@ def run(loaded: Loaded, source: Source) -> int:
     own: dict[str, Identity] = {}
     try:
         listeners = _listen(settings, access, own)
+        control = open_control(settings, own, log)
         _say_hello(loaded, listeners, log)
-        return _run(Arbiter(loaded, source, listeners, log), own, pidfile)
+        return _run(Arbiter(loaded, source, listeners, log), own, pidfile, control, History(time.monotonic()))
     finally:
         _clean_up(own, pidfile)
 
@@ -64,6 +68,7 @@ def resume(word: str) -> int:
         os.set_inheritable(fd, False)
     _set_title(settings.proc_name)
     pidfile = PidFile.adopt(*state.pidfile) if state.pidfile is not None else None
+    own = state.own_sockets
     listeners = [Listener(fileno=fd) for fd in state.listeners]
     for listener in listeners:
         listener.plain = listener.fileno() in state.plain
@@ -74,20 +79,26 @@ def resume(word: str) -> int:
             f"upgraded: apphost {apphost.__version__} on Python {platform.python_version()} goes on with "
             f"{len(arbiter.workers)} workers, pid {os.getpid()}"
         )
-        return _run(arbiter, state.own_sockets, pidfile, ReloadAsked())
+        # An arbiter that knew of no control sockets has handed over none.
+        control = socket.socket(fileno=state.control) if state.control >= 0 else open_control(settings, own, log)
+        history = History.from_wire(state.history, time.monotonic())
+        return _run(arbiter, own, pidfile, control, history, ReloadAsked())
     finally:
-        _clean_up(state.own_sockets, pidfile)
+        _clean_up(own, pidfile)
 
 
 def _run(
     arbiter: Arbiter,
     own: dict[str, Identity],
     pidfile: PidFile | None,
+    listener: socket.socket | None,
+    history: History,
     first: Event = Tick(),  # noqa: B008
 ) -> int:
     locked = (pidfile.path, pidfile.fileno()) if pidfile is not None else None
-    arbiter.upgrade = Upgrade(arbiter, own, locked)
-    arbiter.services.append(arbiter.upgrade)
+    control = Control(arbiter, listener, history) if listener is not None else None
+    arbiter.upgrade = Upgrade(arbiter, own, locked, control)
+    arbiter.services += [arbiter.upgrade] if control is None else [arbiter.upgrade, control]
     code = arbiter.run(first)
     arbiter.log.info(f"stopped, exit {code}")
     return code

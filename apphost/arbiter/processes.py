@@ -8,6 +8,7 @@ import socket
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from typing import Any
 
 from apphost.errors import ExitCode
 from apphost.forkserver import COMMAND
@@ -17,6 +18,7 @@ from apphost.sockets import Listener
 from apphost.sources import Source
 
 LAST_WORDS_MAX = 65536  # bytes read of a worker's last words: the stacks of some hundred threads
+_CRASH = "Fatal Python error: "  # how faulthandler begins when a process dies of a signal
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
@@ -63,14 +65,34 @@ class WorkerProcess:
     errors: int = 0  # of the requests, those answered 5xx
     connections: int = 0
     active: int = 0
+    beat_at: float | None = None  # when it last beat
+    oldest: list[Any] | None = None  # of its requests in progress: s that it took at the last beat, and which it is
+    code: dict[str, Any] = field(default_factory=dict)  # the fingerprint of what it has imported
     failure: Failure | None = None
     lost_at: float | None = None  # when its channel ended
     expected: bool = False  # it was told to go, or said that it goes
     killed: bool = False
+    dumped: bool = False  # its stacks were asked for while it served on: not all in its dump file are last words
 
     @property
     def name(self) -> str:
         return f"worker {self.wid} gen {self.generation}"
+
+    def take_beat(self, message: Message, now: float) -> None:
+        self.beat_at = now
+        self.requests = int(message["requests"])
+        self.errors = int(message.get("errors", 0))
+        self.connections = int(message["connections"])
+        self.active = int(message["active"])
+        self.oldest = message.get("oldest")
+
+    def last_words(self) -> str:
+        """What it wrote when it crashed, or when it was killed for being stuck."""
+        text = read_last_words(self.dump)
+        if not self.dumped or self.failure is not None:
+            return text
+        _, crash, rest = text.partition(_CRASH)
+        return crash + rest
 
     def signal(self, number: int) -> None:
         """Send it a signal, if the process with its pid is a child of its fork server, or by now of ours.
@@ -131,12 +153,18 @@ def make_dump_file() -> int:
         return os.dup(file.fileno())
 
 
-def read_last_words(fd: int) -> str:
+def read_last_words(fd: int, start: int = 0) -> str:
     """What a worker wrote when it crashed, or when it was asked for its stacks."""
     try:
-        return os.pread(fd, LAST_WORDS_MAX, 0).decode("utf-8", "replace").strip()
+        return os.pread(fd, LAST_WORDS_MAX, start).decode("utf-8", "replace").strip()
     except OSError:
         return ""
+
+
+def forget_dump(fd: int) -> None:
+    """Begin a dump file anew; its writer shares the position with us."""
+    os.ftruncate(fd, 0)
+    os.lseek(fd, 0, os.SEEK_SET)
 
 
 def become_subreaper() -> bool:

@@ -26,6 +26,7 @@ class What(enum.Enum):
     COMPLETE = "complete"  # generation, text
     GIVEN_UP = "given up"  # generation, text, failure
     STOP_ASKED = "stop asked"  # text: by whom
+    UPGRADE_GIVEN_UP = "upgrade given up"  # text: why
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,7 +37,7 @@ class ArbiterState:
 
     leaving: fork servers whose channels have ended, so only their exits are awaited. own_sockets: path and
     identity of the Unix sockets to remove at the end. pidfile: path and locked descriptor. plain: those of `listeners`
-    where no TLS is spoken in any case.
+    where no TLS is spoken in any case. control: the listening control socket, -1: none. history: that of `status`.
     """
 
     fleet: Fleet
@@ -50,6 +50,8 @@ class ArbiterState:
     own_sockets: dict[str, Identity]
     pidfile: tuple[str, int] | None
     plain: list[int] = field(default_factory=list)
+    control: int = -1
+    history: dict[str, Any] = field(default_factory=dict)
 
     @property
     def descriptors(self) -> list[int]:
@@ -57,6 +59,7 @@ class ArbiterState:
         fds = [*self.listeners, *(w.dump for w in self.workers), *(w.channel.fileno() for w in self.workers)]
         fds += [server.dump for server in (*self.fork_servers, *self.leaving)]
         fds += [server.channel.fileno() for server in self.fork_servers]
+        fds += [self.control] if self.control >= 0 else []
         return fds + ([self.pidfile[1]] if self.pidfile is not None else [])
 
     def to_wire(self) -> dict[str, Any]:
@@ -82,6 +85,8 @@ class ArbiterState:
                 own_sockets={path: _identity(each) for path, each in wire["own_sockets"].items()},
                 pidfile=(str(pidfile[0]), int(pidfile[1])) if pidfile is not None else None,
                 plain=[int(fd) for fd in wire.get("plain", ())],
+                control=int(wire.get("control", -1)),
+                history=dict(wire.get("history", {})),
             )
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as exc:
             raise StateError(f"{type(exc).__name__}: {exc}") from None

@@ -17,7 +17,7 @@ import time
 from typing import TYPE_CHECKING
 
 from apphost.arbiter.processes import kill, make_dump_file
-from apphost.arbiter.services import Happening
+from apphost.arbiter.services import Happening, What
 from apphost.arbiter.state import ArbiterState, OpenChannel, StateError
 from apphost.messages import Channel
 from apphost.settings import RESUME_VARIABLE
@@ -25,6 +25,7 @@ from apphost.sockets import Identity
 
 if TYPE_CHECKING:
     from apphost.arbiter.arbiter import Arbiter
+    from apphost.arbiter.control import Control
 
 TRIAL_TIMEOUT = 15.0  # s for the new program to show that it can start
 _STATE_MAX = 1 << 26  # bytes: some hundred times the state of 1024 workers
@@ -33,8 +34,15 @@ _STATE_MAX = 1 << 26  # bytes: some hundred times the state of 1024 workers
 class Upgrade:
     """The service that upgrades `arbiter`: `begin`, then `tried` with the trial's end."""
 
-    def __init__(self, arbiter: Arbiter, own_sockets: dict[str, Identity], pidfile: tuple[str, int] | None) -> None:
+    def __init__(
+        self,
+        arbiter: Arbiter,
+        own_sockets: dict[str, Identity],
+        pidfile: tuple[str, int] | None,
+        control: Control | None,
+    ) -> None:
         self._arbiter = arbiter
+        self._control = control
         self._own_sockets = own_sockets
         self._pidfile = pidfile
         self._trial = 0
@@ -72,6 +80,7 @@ class Upgrade:
         arbiter = self._arbiter
         if arbiter.fleet.stopping:
             arbiter.log.info("the upgrade is dropped: this arbiter stops")
+            arbiter.tell(What.UPGRADE_GIVEN_UP, text="this arbiter stops")
             return True
         if status != 0:
             self._say_failed(f"the new program cannot start (its trial ended with {status})")
@@ -89,6 +98,7 @@ class Upgrade:
 
     def _say_failed(self, why: str) -> None:
         self._arbiter.log.error(f"the upgrade is given up: {why}. This arbiter goes on")
+        self._arbiter.tell(What.UPGRADE_GIVEN_UP, text=why)
 
     def _start_trial(self) -> int:
         fd = write_state(self.state())
@@ -153,6 +163,8 @@ class Upgrade:
             own_sockets=self._own_sockets,
             pidfile=self._pidfile,
             plain=[listener.fileno() for listener in arbiter.listeners if listener.plain],
+            control=self._control.fileno() if self._control is not None else -1,
+            history=self._control.history.to_wire() if self._control is not None else {},
         )
 
 

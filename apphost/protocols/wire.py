@@ -50,6 +50,7 @@ class Wire(asyncio.Protocol, ABC):
         "context",
         "eof",
         "exchange",
+        "made_at",
         "phase",
         "read_deadline",
         "read_paused",
@@ -75,6 +76,7 @@ class Wire(asyncio.Protocol, ABC):
 
     def __init__(self, context: Context) -> None:
         self.context = context
+        self.made_at = context.loop.time()
         self.phase = _WAITING
         self.buffer = b""
         self.scanned = 0  # bytes of `buffer` in which the end of a head was looked for in vain

@@ -29,6 +29,7 @@ from apphost.protocols.websocket import WebSocketOptions, read_on_reload
 from apphost.worker.acceptor import Acceptor
 from apphost.worker.certificates import Tls
 from apphost.worker.handover import Receiver, Sender
+from apphost.worker.inquiry import Inquiry, oldest
 from apphost.worker.loading import load_plugin
 from apphost.worker.parting import Parting, Ways
 from apphost.worker.probe import probe
@@ -67,6 +68,7 @@ class Server:
         self._tick_handle: asyncio.TimerHandle | None = None
         self._tls = self._make_tls()
         self._recycling = Recycling(self.settings, loop.time())
+        self._inquiry = Inquiry(loop, channel, self.context)
 
     def _make_context(self, parser: HeadParser) -> Context:
         settings = self.settings
@@ -137,6 +139,7 @@ class Server:
         if self.state is State.BOOTING:
             self._begin_serving()
             self.channel.send({"t": "ready", "seconds": time.monotonic() - started, **names})
+            self._inquiry.tell_code(self.settings.app)
         await self.drained.wait()
         self._end_serving()
         if lifespan is not None:
@@ -242,7 +245,8 @@ class Server:
         self.context.tick(now)
         context = self.context
         figures = {"requests": context.requests, "connections": len(context.connections), "active": len(context.active)}
-        self.channel.send({"t": "beat", "errors": context.errors, **figures})
+        longest = oldest(context.connections)
+        self.channel.send({"t": "beat", "errors": context.errors, "oldest": longest, **figures})
         if self.state is State.DRAINING:
             if self.sender is not None:
                 self.sender.tick(now)
@@ -280,6 +284,8 @@ class Server:
             welcome = self._welcome
             receiver = Receiver(self.loop, self.log, self.context, sockets[0], welcome, self.receivers.discard)
             self.receivers.add(receiver)
+        elif message["t"] == "ask":
+            self._inquiry.answer(message)
         elif message["t"] == "successor":
             if self.state is State.DRAINING and not self._stopping:
                 self._move_connections(sockets)

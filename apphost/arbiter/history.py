@@ -1,0 +1,79 @@
+"""What `status` tells of the past: how workers ended, how reloads went. Bounded; goes along in an upgrade (USR2)."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Mapping
+from typing import Any
+
+from apphost.arbiter.processes import Failure
+
+ENDS_MAX = 20  # of workers: a screenful
+OUTCOMES_MAX = 20  # of generations: whoever waits for one asks again at once when an upgrade has cut it off
+DETAIL_MAX = 4096  # characters of the stacks of each end; the log has all
+
+Outcome = dict[str, Any]  # outcome ("complete", "given up"), generation, at (Unix time), text, reason, detail
+
+COMPLETE, GIVEN_UP, SUPERSEDED = "complete", "given up", "superseded"
+
+
+class History:
+    """started: when the arbiter has started, monotonic. replaced: how many workers have ended, by the reason."""
+
+    def __init__(self, started: float) -> None:
+        self.started = started
+        self.replaced: Counter[str] = Counter()
+        self.ends: deque[dict[str, Any]] = deque(maxlen=ENDS_MAX)
+        self._outcomes: dict[int, Outcome] = {}
+        self.given_up: Outcome | None = None  # the last reload, if it was
+
+    def note_end(self, end: dict[str, Any], why: str) -> None:
+        """`end`: at, worker, generation, pid, text, detail."""
+        self.replaced[why] += 1
+        self.ends.append({**end, "why": why, "detail": str(end.get("detail", ""))[-DETAIL_MAX:]})
+
+    def note_complete(self, generation: int, at: float, text: str) -> Outcome:
+        self.given_up = None
+        return self._note({"outcome": COMPLETE, "generation": generation, "at": at, "text": text})
+
+    def note_given_up(self, generation: int, at: float, text: str, failure: Failure | None) -> Outcome:
+        reason, detail = (failure.message, failure.detail) if failure is not None else ("it could not boot", "")
+        self.given_up = {"outcome": GIVEN_UP, "generation": generation, "at": at, "text": text}
+        self.given_up |= {"reason": reason, "detail": detail}
+        return self._note(self.given_up)
+
+    def _note(self, outcome: Outcome) -> Outcome:
+        self._outcomes[outcome["generation"]] = outcome
+        for generation in sorted(self._outcomes)[:-OUTCOMES_MAX]:
+            del self._outcomes[generation]
+        return outcome
+
+    def outcome(self, generation: int, target: int) -> Outcome | None:
+        """How it went with a generation; None while it is not decided. `target`: the generation asked for last."""
+        known = self._outcomes.get(generation)
+        if known is None and generation < target:
+            text = f"generation {generation} was superseded by generation {target}, which was asked for later"
+            return {"outcome": SUPERSEDED, "generation": generation, "text": text, "by": target}
+        return known
+
+    def to_wire(self) -> dict[str, Any]:
+        return {
+            "started": self.started,
+            "replaced": dict(self.replaced),
+            "ends": list(self.ends),
+            "outcomes": list(self._outcomes.values()),
+            "given_up": self.given_up,
+        }
+
+    @classmethod
+    def from_wire(cls, wire: Mapping[str, Any], now: float) -> History:
+        """What cannot be understood, from another version, is left out: it is no reason to stop an upgrade."""
+        try:
+            history = cls(float(wire.get("started", now)))
+            history.replaced.update({str(why): int(count) for why, count in wire.get("replaced", {}).items()})
+            history.ends.extend(dict(end) for end in wire.get("ends", ()))
+            history._outcomes = {int(each["generation"]): dict(each) for each in wire.get("outcomes", ())}
+            history.given_up = wire.get("given_up")
+        except (LookupError, TypeError, ValueError, AttributeError):
+            return cls(now)
+        return history

@@ -1,0 +1,214 @@
+"""What a worker tells of itself when the arbiter asks: its connections, its stacks; and its oldest request, in beats.
+
+Nothing is counted on the request path for this. Bytes come from the kernel; when a request began is noted at the
+worker's tick, half a second late at most, unless the access log has noted it already.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from types import CodeType, FrameType
+from typing import Any
+
+from apphost.lifecycle import Policy
+from apphost.logs import escape
+from apphost.messages import Channel, Message
+from apphost.protocols.context import Context
+from apphost.protocols.exchange import Exchange
+from apphost.protocols.http1 import Connection
+from apphost.protocols.wire import Phase
+from apphost.worker import fingerprint
+
+# A message has at most 1 MiB, and making it takes the event loop's time: 1000 connections are some 250 KiB and 10 ms.
+CONNECTIONS_MAX = 1000
+TASKS_MAX = 200
+FRAMES_MAX = 50  # of a stack, the innermost
+STACKS_MAX = 1 << 19  # bytes of JSON
+LINE_MAX = 200  # characters
+PATH_MAX = 200  # characters of a request path
+
+_TCP_BYTES = 120  # offset in struct tcp_info of tcpi_bytes_acked and, behind it, tcpi_bytes_received (linux/tcp.h)
+
+
+def describe(exchange: Exchange) -> str:
+    """`GET /path`, without the query, which may hold secrets."""
+    head = exchange.head
+    path = head.raw_path.decode("ascii", "backslashreplace")
+    return escape(f"{head.method} {path if len(path) <= PATH_MAX else path[:PATH_MAX] + '...'}")
+
+
+def oldest(connections: Iterable[Connection]) -> list[Any] | None:
+    """[s in progress, which] of the request that has taken longest. Called at every tick: notes who is new, too."""
+    now = time.perf_counter()
+    first: Exchange | None = None
+    for connection in connections:
+        exchange = connection.exchange
+        if exchange is None:
+            continue
+        if not exchange.started_at:
+            exchange.started_at = now
+        if first is None or exchange.started_at < first.started_at:
+            first = exchange
+    return None if first is None else [round(now - first.started_at, 3), describe(first)]
+
+
+class Inquiry:
+    """Answers the arbiter. Event loop only."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, channel: Channel, context: Context) -> None:
+        self._loop = loop
+        self._channel = channel
+        self._context = context
+        self._answers: dict[str, Callable[[], Message]] = {"connections": self._connections, "stacks": self._stacks}
+
+    def answer(self, message: Message) -> None:
+        """Obey `ask`: id, what."""
+        what = str(message.get("what"))
+        make = self._answers.get(what)
+        answer = make() if make is not None else {"error": f"this version knows nothing of {what}"}
+        self._channel.send({"t": "answer", "id": message.get("id"), **answer})
+
+    def tell_code(self, app: str) -> None:
+        """Find out what code this is, beside the event loop, and tell the arbiter."""
+
+        def find_out() -> None:
+            facts = fingerprint.here(app)
+            try:
+                self._loop.call_soon_threadsafe(self._channel.send, {"t": "code", "facts": facts})
+            except RuntimeError:
+                pass  # the loop is closed: the worker ends
+
+        threading.Thread(target=find_out, name="apphost-fingerprint", daemon=True).start()
+
+    # -- connections
+
+    def _connections(self) -> Message:
+        """The busy ones first, each kind by age."""
+        now = self._loop.time()
+        ordered = sorted(self._context.connections, key=lambda each: (each.exchange is None, each.made_at))
+        rows = [describe_connection(connection, now) for connection in ordered[:CONNECTIONS_MAX]]
+        return {"connections": rows, "left_out": max(0, len(ordered) - CONNECTIONS_MAX)}
+
+    # -- stacks
+
+    def _stacks(self) -> Message:
+        lines: list[str] = []
+        left = STACKS_MAX
+        for line in itertools.chain(thread_stacks(), task_stacks(self._loop)):
+            lines.append(escape(line[:LINE_MAX]))
+            left -= len(json.dumps(lines[-1])) + 1
+            if left < 0:
+                lines.append("(more was left out)")
+                break
+        return {"stacks": lines}
+
+
+def describe_connection(connection: Connection, now: float) -> dict[str, Any]:
+    """peer, protocol, state, age (s, in this worker), requests, request, received and sent (bytes, None: the system
+    does not tell), movable, and why it is not."""
+    websocket = connection.websocket
+    exchange = connection.exchange
+    received, sent = _bytes(connection)
+    why = _stays(connection)
+    protocol = "websocket" if websocket is not None else "http/1.1"
+    row: dict[str, Any] = {"peer": escape(connection.peer), "protocol": protocol, "state": connection.phase.value}
+    row |= {"age": round(now - connection.made_at, 3), "requests": connection.requests}
+    if exchange is not None:
+        row["request"] = describe(exchange)
+    elif websocket is not None:
+        row["request"] = escape(f"WebSocket {websocket.head.raw_path.decode('ascii', 'backslashreplace')[:PATH_MAX]}")
+    row |= {"received": received, "sent": sent, "movable": not why}
+    if why:
+        row["why"] = why
+    return row
+
+
+def _stays(connection: Connection) -> str:
+    """Why it would not move in a reload at this moment, empty if it would."""
+    if connection.transport.get_extra_info("sslcontext") is not None:
+        return "TLS"
+    if connection.websocket is not None:
+        return "its path says close" if connection.websocket.policy is Policy.CLOSE else ""
+    if connection.phase in (Phase.BUSY, Phase.DISCARDING):
+        return "after its answer"
+    if connection.phase in (Phase.LINGERING, Phase.CLOSED):
+        return "it ends"
+    if connection.eof:
+        return "the client has ended its side"
+    if connection.write_paused or connection.transport.get_write_buffer_size():
+        return "the client does not read its answer"
+    return ""
+
+
+def _bytes(connection: Connection) -> tuple[int | None, int | None]:
+    """Bytes received, and sent and acknowledged, since the client connected, in whatever worker; Linux and TCP only."""
+    sock: socket.socket | None = connection.transport.get_extra_info("socket")
+    if not sys.platform.startswith("linux") or sock is None or sock.family == socket.AF_UNIX:
+        return None, None
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_BYTES + 16)
+        acked, received = struct.unpack_from("=QQ", info, _TCP_BYTES)
+    except (OSError, struct.error):
+        return None, None
+    # The SYN of either side counts as one byte in the kernel, until data is acknowledged.
+    return received, max(0, acked - 1)
+
+
+# -- stacks
+
+
+def thread_stacks() -> Iterable[str]:
+    """All threads, ours included: a line of what it is, then its frames, innermost last."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    for ident, frame in sys._current_frames().items():
+        if ident == threading.get_ident():
+            yield f"thread {names.get(ident, ident)}: runs the event loop, which has just answered; see the tasks"
+            continue
+        yield f"thread {names.get(ident, ident)}:"
+        yield from _frames(frame)
+
+
+def _frames(frame: FrameType | None) -> list[str]:
+    lines: list[str] = []
+    while frame is not None and len(lines) < FRAMES_MAX:
+        lines.append(_place(frame.f_code, frame.f_lineno))
+        frame = frame.f_back
+    return lines[::-1]
+
+
+def _place(code: CodeType, line: int) -> str:
+    return f'  File "{code.co_filename}", line {line}, in {code.co_name}'
+
+
+def task_stacks(loop: asyncio.AbstractEventLoop) -> Iterable[str]:
+    """All tasks of the loop: name and coroutine, then the frames of what it awaits, innermost last."""
+    tasks = sorted(asyncio.all_tasks(loop), key=lambda task: task.get_name())
+    for task in tasks[:TASKS_MAX]:
+        coroutine = task.get_coro()
+        yield f"task {task.get_name()} {getattr(coroutine, '__qualname__', type(coroutine).__name__)}:"
+        yield from _awaited(coroutine)
+    if len(tasks) > TASKS_MAX:
+        yield f"({len(tasks) - TASKS_MAX} more tasks were left out)"
+
+
+def _awaited(awaitable: Any) -> list[str]:
+    """The chain of coroutines and generators, from the outermost to what it waits for."""
+    lines: list[str] = []
+    while awaitable is not None and len(lines) < FRAMES_MAX:
+        for kind in ("cr", "gi", "ag"):
+            frame = getattr(awaitable, f"{kind}_frame", None)
+            if frame is not None:
+                lines.append(_place(frame.f_code, frame.f_lineno))
+                awaitable = getattr(awaitable, f"{kind}_await" if kind != "gi" else "gi_yieldfrom", None)
+                break
+        else:
+            break
+    return lines

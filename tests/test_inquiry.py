@@ -1,0 +1,155 @@
+"""What a worker tells of itself: bounded, and without what may be secret."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from apphost.messages import MAX_MESSAGE, Channel
+from apphost.protocols.wire import Phase
+from apphost.worker import inquiry
+from apphost.worker.inquiry import CONNECTIONS_MAX, PATH_MAX, Inquiry, describe, oldest, task_stacks, thread_stacks
+
+
+def exchange(path: bytes = b"/", started_at: float = 0.0) -> Any:
+    return SimpleNamespace(head=SimpleNamespace(method="GET", raw_path=path, query=b"secret=1"), started_at=started_at)
+
+
+class Transport:
+    def get_extra_info(self, _name: str) -> None:
+        return None
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+
+def connection(request: Any = None, made_at: float = 0.0, **changes: Any) -> Any:
+    fields = {
+        "exchange": request, "websocket": None, "made_at": made_at, "requests": 1, "peer": "127.0.0.1:5",
+        "phase": Phase.WAITING if request is None else Phase.BUSY, "transport": Transport(), "eof": False,
+        "write_paused": False, **changes,
+    }  # fmt: skip
+    return SimpleNamespace(**fields)
+
+
+def answers(connections: list[Any], *messages: dict[str, Any]) -> list[dict[str, Any]]:
+    """What an `Inquiry` says to each message."""
+    ours, theirs = socket.socketpair()
+    loop = SimpleNamespace(time=lambda: 10.0)
+    theirs.setblocking(False)
+    channel, arbiter = Channel(ours), Channel(theirs)
+    try:
+        told = []
+        asked = Inquiry(loop, channel, SimpleNamespace(connections=connections))  # type: ignore[arg-type]
+        for message in messages:
+            asked.answer(message)
+            while not (found := arbiter.receive() or []):
+                channel.flush()
+            told += [each for each, _ in found]
+        return told
+    finally:
+        channel.close()
+        arbiter.close()
+
+
+def test_the_oldest_request_is_known_without_its_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inquiry.time, "perf_counter", lambda: 50.0)
+    fresh, old = exchange(b"/new"), exchange(b"/old", 40.0)
+    assert oldest([connection(), connection(fresh), connection(old)]) == [10.0, "GET /old"]
+    assert fresh.started_at == 50.0, "noted at the first look, for the next ones"
+    assert oldest([connection()]) is None
+    assert oldest([]) is None
+
+
+def test_long_paths_are_cut() -> None:
+    assert len(describe(exchange(b"/" + b"x" * 9000))) == PATH_MAX + len("GET ...")
+
+
+def test_connections_are_told_the_busy_ones_first() -> None:
+    rows = [connection(made_at=1.0), connection(exchange(b"/a"), made_at=5.0), connection(exchange(b"/b"), made_at=2.0)]
+    (answer,) = answers(rows, {"id": 7, "what": "connections"})
+    assert (answer["t"], answer["id"], answer["left_out"]) == ("answer", 7, 0)
+    assert [row.get("request") for row in answer["connections"]] == ["GET /b", "GET /a", None]
+    assert [row["age"] for row in answer["connections"]] == [8.0, 5.0, 9.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({}, None),
+        ({"phase": Phase.HEAD}, None),
+        ({"phase": Phase.BUSY}, "after its answer"),
+        ({"phase": Phase.LINGERING}, "it ends"),
+        ({"eof": True}, "the client has ended its side"),
+        ({"write_paused": True}, "the client does not read its answer"),
+    ],
+)
+def test_why_a_connection_stays(changes: dict[str, Any], why: str | None) -> None:
+    (answer,) = answers([connection(**changes)], {"id": 1, "what": "connections"})
+    (row,) = answer["connections"]
+    assert (row["movable"], row.get("why")) == (why is None, why)
+
+
+def test_what_this_version_does_not_know() -> None:
+    (answer,) = answers([], {"id": 1, "what": "dreams"})
+    assert answer == {"t": "answer", "id": 1, "error": "this version knows nothing of dreams"}
+
+
+def test_the_largest_answers_fit_into_a_message() -> None:
+    many = [connection(exchange(b"/" + b"\xff" * 500), peer="[" + "f" * 39 + "]:65535") for _ in range(3000)]
+    asked = Inquiry(SimpleNamespace(time=lambda: 1e9), None, SimpleNamespace(connections=many))  # type: ignore[arg-type]
+    answer = asked._connections()
+    assert (len(answer["connections"]), answer["left_out"]) == (CONNECTIONS_MAX, 2000)
+    assert len(json.dumps(answer)) < MAX_MESSAGE
+
+
+def test_stacks_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inquiry, "thread_stacks", lambda: iter(["\U0001f600" * 500 + "\x1b"] * 10**6))
+    answer = Inquiry(None, None, None)._stacks()  # type: ignore[arg-type]
+    assert answer["stacks"][-1] == "(more was left out)"
+    assert len(json.dumps(answer)) < MAX_MESSAGE
+
+
+def test_stacks_of_threads() -> None:
+    ready, done = threading.Event(), threading.Event()
+
+    def waits_here() -> None:
+        ready.set()
+        done.wait(10)
+
+    thread = threading.Thread(target=waits_here, name="the-thread")
+    thread.start()
+    try:
+        assert ready.wait(10)
+        lines = list(thread_stacks())
+    finally:
+        done.set()
+        thread.join()
+    at = lines.index("thread the-thread:")
+    assert any(line.endswith("in waits_here") for line in lines[at:])
+    assert any("runs the event loop" in line for line in lines)
+
+
+def test_stacks_of_tasks() -> None:
+    async def inner() -> None:
+        await asyncio.sleep(10)
+
+    async def outer() -> None:
+        await inner()
+
+    async def main() -> list[str]:
+        task = asyncio.get_running_loop().create_task(outer(), name="the-task")
+        await asyncio.sleep(0)
+        lines = list(task_stacks(asyncio.get_running_loop()))
+        task.cancel()
+        return lines
+
+    lines = asyncio.run(main())
+    at = next(n for n, line in enumerate(lines) if line.startswith("task the-task test_stacks_of_tasks"))
+    assert [line.rpartition(" ")[2] for line in lines[at + 1 : at + 4]] == ["outer", "inner", "sleep"]
