@@ -516,7 +516,7 @@ def guarded(check: Callable[[], Finding | None], target: str) -> Finding | None:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
-def _out_of_time(*_: object) -> None:
+def out_of_time(*_: object) -> None:
     raise Slow
 
 
@@ -538,7 +538,7 @@ def reduce(data: bytes, still: Callable[[bytes], bool]) -> bytes:
 
 def _block(task: tuple[str, str, int, int]) -> tuple[int, list[Finding]]:
     seed, only, start, end = task
-    signal.signal(signal.SIGVTALRM, _out_of_time)
+    signal.signal(signal.SIGVTALRM, out_of_time)
     fuzzer = _fuzzers.get((seed, only))
     if fuzzer is None:
         fuzzer = _fuzzers[seed, only] = Fuzzer(seed, only)
