@@ -36,6 +36,9 @@ HONEST: list[Message] = [
     {"t": "settings", "settings": {}, "ignored": ["user"]},
     {"t": "forked", "wid": 1, "pid": 4711},
     {"t": "exited", "wid": 1, "status": -9},
+    {"t": "beat", "requests": 2, "connections": 3, "active": 1, "oldest": [1.5, "GET /"]},
+    {"t": "answer", "id": 3, "connections": []},
+    {"t": "code", "facts": {"hash": "0123456789ab", "files": 3, "directory": "/srv", "commit": "abc"}},
     {"t": "of a later version", "whatever": [1, 2]},
 ]
 JUNK = [None, True, -1, 2**54, 1.5, float("nan"), float("inf"), -1e400, "text", [], [1], {}, {"a": 1}]

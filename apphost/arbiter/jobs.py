@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol
 
-from apphost.arbiter.processes import WorkerProcess, forget_dump, kill, read_last_words
+from apphost.arbiter.processes import WorkerProcess, forget_dump, read_last_words
 from apphost.arbiter.services import Happening, What
 from apphost.logs import escape
 from apphost.messages import DUMP_SIGNAL
@@ -165,7 +165,7 @@ class Ask(Job):
             worker.dumped = True
             self.dump_from = os.fstat(worker.dump).st_size
             self.deadline = now + DUMP_TIME
-            kill(worker.pid, DUMP_SIGNAL)
+            worker.signal(DUMP_SIGNAL)
         else:
             more = "" if self.what != "stacks" or not worker.pid else ", and does not catch the signal for its stacks"
             self._tell({"error": f"no answer within {ANSWER_TIMEOUT:g} s: its event loop is blocked{more}"})
