@@ -50,7 +50,7 @@ class Settings:
         "What to serve: `module:attribute`, `module:factory` with `factory`, or a module alone.",
         clean=clean_app, argument="APP")
     bind: tuple[str, ...] = setting(("127.0.0.1:8000",), _MAIN,
-        "Where to listen: `HOST:PORT`, `[IPV6]:PORT`, `unix:PATH`; can be repeated.",
+        "Where to listen: `HOST:PORT`, `[IPV6]:PORT`, `unix:PATH`, `fd://N`, `systemd:NAME`; can be repeated.",
         short="-b", separator=",", clean=clean_bind, reloadable=False, metavar="ADDRESS",
         convention=("PORT", lambda port: [f"0.0.0.0:{port}"]))
     workers: int = setting(1, _MAIN,

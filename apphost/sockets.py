@@ -18,22 +18,30 @@ _UNIX_PATH_MAX = 107  # bytes: sockaddr_un.sun_path on Linux, less its NUL (macO
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """One value of `bind`: TCP (host and port), a Unix socket (path), or an inherited descriptor (fd)."""
+    """One value of `bind`: TCP (host and port), a Unix socket (path), an inherited descriptor (fd), or the name of one
+    that a service manager has passed (name)."""
 
     text: str
     host: str = ""
     port: int = 0
     path: str = ""
     fd: int = -1
+    name: str = ""
 
 
 def parse_bind(text: str) -> Address:
-    """Parse `HOST:PORT`, `[IPV6]:PORT`, `unix:PATH` or `fd://N`. Pure. Raises `ValueError` that says what is expected.
+    """Parse `HOST:PORT`, `[IPV6]:PORT`, `unix:PATH`, `fd://N` or `systemd:NAME`. Pure. Raises `ValueError` that says
+    what is expected.
 
     An empty host or `*` means every IPv4 interface; port 0 lets the system choose one.
     """
     if text.startswith("unix:"):
         return _parse_unix(text)
+    if text.startswith("systemd:"):
+        name = text.removeprefix("systemd:")
+        if not name or ":" in name or not name.isprintable():
+            raise ValueError("expected systemd:NAME with the name of a socket that systemd passes")
+        return Address(text, name=name)
     if text.startswith("fd://"):
         number = text[5:]
         if not (number.isascii() and number.isdigit()):
@@ -41,7 +49,7 @@ def parse_bind(text: str) -> Address:
         return Address(text, fd=int(number))
     match = _TCP.fullmatch(text)
     if match is None:
-        raise ValueError("expected HOST:PORT, [IPV6]:PORT, unix:PATH or fd://N, such as 127.0.0.1:8000")
+        raise ValueError("expected HOST:PORT, [IPV6]:PORT, unix:PATH, fd://N or systemd:NAME, such as 127.0.0.1:8000")
     port = int(match["port"])
     if port > 65535:
         raise ValueError(f"a port is at most 65535, not {port}")
@@ -59,7 +67,8 @@ def _parse_unix(text: str) -> Address:
 
 
 def open_listeners(address: Address, backlog: int) -> list[socket.socket]:
-    """Listening, non-blocking, close-on-exec sockets for `address`; a host name can stand for several.
+    """Listening, non-blocking, close-on-exec sockets for `address`, which is not the name of a passed one (see
+    `arbiter.activation` for those); a host name can stand for several.
 
     Raises `AddressError` with a paragraph that says what is in the way.
     """

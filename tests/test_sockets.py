@@ -30,6 +30,8 @@ from apphost.sockets import Address, describe, open_listeners, parse_bind, unlin
         ("unix:a:80", {"path": "a:80"}),
         ("unix:" + "p" * 107, {"path": "p" * 107}),
         ("fd://3", {"fd": 3}),
+        ("systemd:site.socket", {"name": "site.socket"}),
+        ("systemd:80", {"name": "80"}),
     ],
 )
 def test_parse(text: str, expected: dict[str, str | int]) -> None:
@@ -59,6 +61,9 @@ def test_parse(text: str, expected: dict[str, str | int]) -> None:
         ("unix:a\0b", "expected unix:PATH"),
         ("unix:" + "p" * 108, "at most 107 bytes"),
         ("unix:" + "\u20ac" * 36, "at most 107 bytes"),
+        ("systemd:", "expected systemd:NAME"),
+        ("systemd:a:b", "expected systemd:NAME"),
+        ("systemd:a\n", "expected systemd:NAME"),
         ("fd://", "expected fd://N"),
         ("fd://-1", "expected fd://N"),
         ("fd://\u0663", "expected fd://N"),

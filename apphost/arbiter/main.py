@@ -10,15 +10,16 @@ import socket
 import time
 
 import apphost
+from apphost.arbiter.activation import Passed
 from apphost.arbiter.arbiter import Arbiter
 from apphost.arbiter.pidfile import PidFile
 from apphost.arbiter.services import Happening, What
 from apphost.arbiter.state import StateError
+from apphost.arbiter.systemd import Manager, Notifier, NotifySocket
 from apphost.arbiter.upgrade import Upgrade, open_inherited, open_nothing, read_state, take_over
 from apphost.arbiter.vocabulary import Event, ReloadAsked, Tick
 from apphost.errors import ExitCode
 from apphost.logs import Log
-from apphost.settings import Settings
 from apphost.sockets import describe, open_listeners, parse_bind, unlink_own
 from apphost.sources import Loaded, Source
 
@@ -27,15 +28,18 @@ def run(loaded: Loaded, source: Source) -> int:
     """Serve until told to stop; the exit code. Raises `ApphostError` for what is in the way of starting."""
     settings = loaded.settings
     log = Log(settings.log_level, settings.log_format)
+    manager = Manager.take(os.environ, os.getpid())
+    passed = Passed.take(os.environ, os.getpid())
     if settings.umask is not None:
         os.umask(settings.umask)
     _set_title(settings.proc_name)
     pidfile = PidFile(settings.pidfile) if settings.pidfile else None
     own: dict[str, tuple[int, int]] = {}
     try:
-        listeners = _listen(settings, own)
+        listeners = _listen(loaded, own, passed)
         _say_hello(loaded, listeners, log)
-        return _run(Arbiter(loaded, source, listeners, log), own, pidfile)
+        passed.close_rest(log)
+        return _run(Arbiter(loaded, source, listeners, log), own, pidfile, manager)
     finally:
         _clean_up(own, pidfile)
 
@@ -47,6 +51,7 @@ def resume(word: str) -> int:
     """
     trial = word.endswith("?")
     fd = int(word.rstrip("?"))
+    manager = Manager.take(os.environ, os.getpid())
     try:
         state = read_state(fd, open_nothing if trial else open_inherited)
     except StateError as exc:
@@ -71,7 +76,7 @@ def resume(word: str) -> int:
             f"upgraded: apphost {apphost.__version__} on Python {platform.python_version()} goes on with "
             f"{len(arbiter.workers)} workers, pid {os.getpid()}"
         )
-        return _run(arbiter, state.own_sockets, pidfile, ReloadAsked())
+        return _run(arbiter, state.own_sockets, pidfile, manager, ReloadAsked())
     finally:
         _clean_up(state.own_sockets, pidfile)
 
@@ -80,11 +85,17 @@ def _run(
     arbiter: Arbiter,
     own: dict[str, tuple[int, int]],
     pidfile: PidFile | None,
+    manager: Manager,
     first: Event = Tick(),  # noqa: B008
 ) -> int:
+    """`first`: Tick at a start, ReloadAsked of a program that has taken the place of another one."""
     locked = (pidfile.path, pidfile.fileno()) if pidfile is not None else None
-    arbiter.upgrade = Upgrade(arbiter, own, locked)
+    arbiter.upgrade = Upgrade(arbiter, own, locked, manager.environment)
     arbiter.services.append(arbiter.upgrade)
+    if manager.address:
+        notifier = Notifier(arbiter, manager.watchdog, NotifySocket(manager.address, arbiter.log).send)
+        arbiter.services.append(notifier)
+        notifier.begin(resumed=isinstance(first, ReloadAsked))
     code = arbiter.run(first)
     arbiter.log.info(f"stopped, exit {code}")
     return code
@@ -100,6 +111,7 @@ def _clean_up(own: dict[str, tuple[int, int]], pidfile: PidFile | None) -> None:
 def check(loaded: Loaded, source: Source) -> int:
     """Load the application as a worker would, in a process of its own; 0 when it could serve, else what `run` gives."""
     log = Log("error", loaded.settings.log_format)
+    Manager.take(os.environ, os.getpid())  # a unit may check before it starts; what is checked is not the service
     alone = Loaded(dataclasses.replace(loaded.settings, workers=1), loaded.origins)
     arbiter = Arbiter(alone, source, [], log)
     arbiter.services.append(_Check(loaded.settings.app))
@@ -134,12 +146,20 @@ class _Check:
         pass
 
 
-def _listen(settings: Settings, own: dict[str, tuple[int, int]]) -> list[socket.socket]:
-    """Open every listener, all or none; `own` notes the Unix sockets that were made, for removal at the end."""
+def _listen(loaded: Loaded, own: dict[str, tuple[int, int]], passed: Passed) -> list[socket.socket]:
+    """Open every listener, all or none; `own` notes the Unix sockets that were made, for removal at the end.
+
+    What a service manager has passed is enough: without a word about `bind`, its default does not count then.
+    """
+    if passed and loaded.origins.get("bind", "default") == "default":
+        return passed.open_all()
     listeners: list[socket.socket] = []
-    for text in settings.bind:
+    for text in loaded.settings.bind:
         address = parse_bind(text)
-        listeners += open_listeners(address, settings.backlog)
+        if address.name or address.fd >= 0:
+            listeners += passed.open(address)
+            continue
+        listeners += open_listeners(address, loaded.settings.backlog)
         if address.path:
             info = os.stat(address.path)
             own[address.path] = (info.st_dev, info.st_ino)
