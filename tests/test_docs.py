@@ -43,7 +43,7 @@ FOREIGN = {
         "--timeout-keep-alive", "--access-logfile", "--certfile", "--forwarded-allow-ips",
         "--ssl-certfile", "--proxy-headers", "--reload", "--ws-max-size",
     },
-    "deploy.md": {"--no-deps", "--no-cache-dir"},
+    "deploy.md": {"--no-deps", "--no-cache-dir", "--fdname"},
     "settings.md": {"--write", "--name", "--no-name"},
 }  # fmt: skip
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]*[a-z0-9]")
@@ -251,7 +251,7 @@ UNIT = {
     "Unit": {"Description", "After"},
     "Service": {
         "Type", "User", "Group", "RuntimeDirectory", "UMask", "Environment", "ExecStart", "ExecReload", "KillMode",
-        "TimeoutStopSec", "Restart", "RestartSec", "RestartPreventExitStatus", "LimitNOFILE",
+        "WatchdogSec", "TimeoutStopSec", "Restart", "RestartSec", "RestartPreventExitStatus", "LimitNOFILE",
     },
     "Install": {"WantedBy"},
 }  # fmt: skip
@@ -266,6 +266,7 @@ def test_systemd_units(text: str) -> None:
         assert set(unit[section]) <= UNIT[section]
     service = unit["Service"]
     assert shlex.split(service["ExecStart"])[0].startswith("/")
+    assert service["Type"] == "notify"
     assert service["ExecReload"] == "/bin/kill -USR1 $MAINPID"
     assert float(service["TimeoutStopSec"]) > SETTINGS["stop_timeout"].default
     codes = {int(code) for code in service.get("RestartPreventExitStatus", "2").split()}
