@@ -191,12 +191,7 @@ class ForkServer:
         self._listeners = [socket.socket(fileno=fd) for fd in message["listeners"]]
         for listener in self._listeners:
             listener.set_inheritable(False)
-        directory = _enter(settings.chdir, source.cwd)
-        if settings.umask is not None:
-            os.umask(settings.umask)
-        drop_privileges(settings.user, settings.group)
-        sys.path[:0] = [os.path.join(directory, path) for path in (*settings.pythonpath, "")]
-        distrust_stale_bytecode()
+        enter(settings, source.cwd)
         self._app = _prepare_workers(settings)
         self._channel.send({"t": "settings", "settings": settings.to_wire()})
 
@@ -224,7 +219,17 @@ class ForkServer:
         return assignment, Channel(socket.socket(fileno=channel_fd))
 
 
-def _enter(chdir: str, cwd: str) -> str:
+def enter(settings: Settings, cwd: str) -> None:
+    """Be where the application is, as who it is: directory, umask, user, group, `sys.path`. Raises `ApphostError`."""
+    directory = _change_directory(settings.chdir, cwd)
+    if settings.umask is not None:
+        os.umask(settings.umask)
+    drop_privileges(settings.user, settings.group)
+    sys.path[:0] = [os.path.join(directory, path) for path in (*settings.pythonpath, "")]
+    distrust_stale_bytecode()
+
+
+def _change_directory(chdir: str, cwd: str) -> str:
     """Change to the directory of the application; its name, with symlinks as the user wrote them."""
     directory = os.path.join(cwd, chdir) if chdir else cwd
     try:

@@ -15,7 +15,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from apphost.checks import clean_app, clean_bind, clean_on_reload, clean_probe, clean_root_path, usable_cpus
+from apphost.checks import (
+    clean_app,
+    clean_bind,
+    clean_hook,
+    clean_on_reload,
+    clean_probe,
+    clean_root_path,
+    usable_cpus,
+)
 from apphost.values import KINDS, Setting
 
 T = TypeVar("T")
@@ -35,8 +43,8 @@ def setting(default: T, heading: str, does: str, **about: Any) -> T:
 
 
 _MAIN, _APP, _PROCESS = "Main settings", "Application", "Process"
-_TIME, _RECYCLE, _LIMITS, _HTTP, _WS, _LOGS = (
-    "Timeouts", "Recycling of workers", "Limits", "HTTP", "WebSockets", "Logs"
+_TIME, _RECYCLE, _LIMITS, _HTTP, _WS, _LOGS, _HOOKS = (
+    "Timeouts", "Recycling of workers", "Limits", "HTTP", "WebSockets", "Logs", "Hooks"
 )  # fmt: skip
 
 
@@ -178,6 +186,24 @@ class Settings:
     log_level: str = setting("info", _LOGS,
         "Least level that is logged.", choices=("debug", "info", "warning", "error"))
     log_format: str = setting("text", _LOGS, "Lines for people or for machines.", choices=("text", "json"))
+
+    on_arbiter_start: str = setting("", _HOOKS,
+        "Function to call at the start, in a process of its own, as `module:function`.",
+        clean=clean_hook, metavar="HOOK", reloadable=False)
+    on_reload: str = setting("", _HOOKS,
+        "Function to call when a reload is complete or given up, in a process of its own.",
+        clean=clean_hook, metavar="HOOK")
+    on_worker_start: str = setting("", _HOOKS,
+        "Function to call in a worker before it imports the application.", clean=clean_hook, metavar="HOOK")
+    on_worker_ready: str = setting("", _HOOKS,
+        "Function to call in a worker once it serves.", clean=clean_hook, metavar="HOOK")
+    on_worker_drain: str = setting("", _HOOKS,
+        "Function to call in a worker when it begins to drain.", clean=clean_hook, metavar="HOOK")
+    on_worker_exit: str = setting("", _HOOKS,
+        "Function to call in a worker when it has drained, before it ends.", clean=clean_hook, metavar="HOOK")
+    hook_timeout: float = setting(10.0, _HOOKS,
+        "A hook that takes longer is left behind, or killed when it has a process of its own.",
+        unit="s", low=0.01, high=_WEEK)
     # fmt: on
 
     def to_wire(self) -> dict[str, Any]:

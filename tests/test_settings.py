@@ -32,6 +32,10 @@ SAMPLES = {
     "ready_probe": ("/one", "/two?x=1"),
     "umask": ("022", "027"),
     "ws_on_reload": ("rejoin", "/chat/*=resume"),
+    **{
+        f"on_{name}": ("site_hooks:one", "site.hooks:two")
+        for name in ("arbiter_start", "reload", "worker_start", "worker_ready", "worker_drain", "worker_exit")
+    },
 }
 
 
@@ -159,7 +163,7 @@ def test_defaults_without_any_source() -> None:
 
 def test_what_a_reload_cannot_change() -> None:
     fixed = {this.name for this in ALL if not this.reloadable}
-    assert fixed == {"bind", "backlog", "pidfile", "user", "group", "umask", "proc_name"}
+    assert fixed == {"bind", "backlog", "pidfile", "user", "group", "umask", "proc_name", "on_arbiter_start"}
     old = Settings()
     new = dataclasses.replace(old, backlog=100, workers=3, user="www")
     assert module.restart_needed(old, new) == ("backlog", "user")

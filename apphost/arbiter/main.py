@@ -12,6 +12,7 @@ import time
 import apphost
 from apphost.arbiter.activation import Passed
 from apphost.arbiter.arbiter import Arbiter
+from apphost.arbiter.hooks import ArbiterHooks
 from apphost.arbiter.pidfile import PidFile
 from apphost.arbiter.services import Happening, What
 from apphost.arbiter.state import StateError
@@ -92,10 +93,15 @@ def _run(
     locked = (pidfile.path, pidfile.fileno()) if pidfile is not None else None
     arbiter.upgrade = Upgrade(arbiter, own, locked, manager.environment)
     arbiter.services.append(arbiter.upgrade)
+    hooks = ArbiterHooks(arbiter)
+    arbiter.services.append(hooks)
+    resumed = isinstance(first, ReloadAsked)
+    if not resumed:
+        hooks.begin()
     if manager.address:
         notifier = Notifier(arbiter, manager.watchdog, NotifySocket(manager.address, arbiter.log).send)
         arbiter.services.append(notifier)
-        notifier.begin(resumed=isinstance(first, ReloadAsked))
+        notifier.begin(resumed)
     code = arbiter.run(first)
     arbiter.log.info(f"stopped, exit {code}")
     return code

@@ -17,6 +17,7 @@ from apphost.errors import ApphostError, ExitCode, user_traceback
 from apphost.logs import Log
 from apphost.messages import DUMP_SIGNAL, Channel
 from apphost.settings import Settings
+from apphost.worker.hooks import Hooks
 from apphost.worker.loading import choose_loop, choose_parser, detect_interface, load_application, modern_asgi
 from apphost.worker.server import Server
 
@@ -74,8 +75,10 @@ def _run(assignment: Assignment, channel: Channel, log: Log, server: list[Server
     loop_name, loop = choose_loop(settings.loop)
     asyncio.set_event_loop(loop)  # applications look for one while they are imported
     parser_name, parser = choose_parser(settings.http)
+    hooks = Hooks.load(assignment, log, loop)
+    hooks.start()
     app, interface = _load(assignment)
-    server.append(Server(assignment, channel, log, loop, parser))
+    server.append(Server(assignment, channel, log, loop, parser, hooks))
     names = {"interface": interface, "parser": parser_name, "loop": loop_name}
     try:
         loop.run_until_complete(server[0].serve(app, interface, names, started))
