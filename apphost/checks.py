@@ -24,6 +24,14 @@ def clean_app(app: str) -> str:
     raise ValueError(f"expected module:attribute, such as myproject.wsgi:application{hint}")
 
 
+def clean_hook(hook: str) -> str:
+    """`module:function`, both may be dotted. Syntax only, nothing is imported."""
+    module, colon, attribute = hook.partition(":")
+    if hook and not (colon and all(name.isidentifier() for name in (*module.split("."), *attribute.split(".")))):
+        raise ValueError("expected module:function, such as mysite.hooks:worker_ready")
+    return hook
+
+
 def clean_bind(addresses: tuple[str, ...]) -> tuple[str, ...]:
     from apphost.sockets import parse_bind
 

@@ -21,6 +21,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -204,23 +205,17 @@ class ForkServer:
         for listener in self._listeners:
             listener.set_inheritable(False)
             listener.plain = listener.fileno() in message.get("plain", ())
-        if settings.umask is not None:
-            os.umask(settings.umask)
-        directory = os.path.join(source.cwd, settings.chdir) if settings.chdir else source.cwd
-        account = resolve(settings.user, settings.group)
-        # The last things that are done as root: what follows is the application's, or may run code of it.
-        self._access_log = _open_access_log(settings.access_log, directory, account)
-        self._certificates = _load_certificates(settings, directory)
-        if account is not None:
-            _drop_privileges(account)
-        _enter(directory)
+        enter(settings, source.cwd, self._prepare_as_root)
         if self._certificates is not None:
             _see_whether_watched(settings, self._certificates)
-        sys.path[:0] = [os.path.join(directory, path) for path in (*settings.pythonpath, "")]
-        distrust_stale_bytecode()
         self._app = _prepare_workers(settings)
         ignored = restart_needed(running, loaded)
         self._channel.send({"t": "settings", "settings": settings.to_wire(), "ignored": ignored})
+
+    def _prepare_as_root(self, directory: str, account: Account | None) -> None:
+        """The last things that are done so: what follows is the application's, or may run code of it."""
+        self._access_log = _open_access_log(self._settings.access_log, directory, account)
+        self._certificates = _load_certificates(self._settings, directory)
 
     def _spawn(self, wid: int, fds: list[int]) -> tuple[Assignment, Channel] | None:
         channel_fd, dump_fd = fds
@@ -252,8 +247,26 @@ class ForkServer:
         return assignment, Channel(channel)
 
 
-def _enter(directory: str) -> None:
-    """Change to the directory of the application, named with symlinks as the user wrote them."""
+def enter(settings: Settings, cwd: str, before: Callable[[str, Account | None], None] | None = None) -> None:
+    """Be where the application is, as who it is: umask, user, group, directory, `sys.path`. Raises `ApphostError`.
+
+    before: what must be done while this process is still who it was; it gets the directory, and who it becomes.
+    """
+    if settings.umask is not None:
+        os.umask(settings.umask)
+    directory = os.path.join(cwd, settings.chdir) if settings.chdir else cwd
+    account = resolve(settings.user, settings.group)
+    if before is not None:
+        before(directory, account)
+    if account is not None:
+        _drop_privileges(account)
+    _change_directory(directory)
+    sys.path[:0] = [os.path.join(directory, path) for path in (*settings.pythonpath, "")]
+    distrust_stale_bytecode()
+
+
+def _change_directory(directory: str) -> None:
+    """To that of the application, named with symlinks as the user wrote them."""
     try:
         os.chdir(directory)
     except OSError as exc:

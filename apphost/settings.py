@@ -21,6 +21,7 @@ from apphost.checks import (
     clean_bind,
     clean_control,
     clean_forwarded_fields,
+    clean_hook,
     clean_on_reload,
     clean_owner,
     clean_probe,
@@ -47,8 +48,8 @@ def setting(default: T, heading: str, does: str, **about: Any) -> T:
 
 
 _MAIN, _APP, _PROCESS = "Main settings", "Application", "Process"
-_TIME, _RECYCLE, _LIMITS, _HTTP, _TLS, _PROXIES, _WS, _LOGS = (
-    "Timeouts", "Recycling of workers", "Limits", "HTTP", "TLS", "Proxies", "WebSockets", "Logs"
+_TIME, _RECYCLE, _LIMITS, _HTTP, _TLS, _PROXIES, _WS, _LOGS, _HOOKS = (
+    "Timeouts", "Recycling of workers", "Limits", "HTTP", "TLS", "Proxies", "WebSockets", "Logs", "Hooks"
 )  # fmt: skip
 
 
@@ -62,7 +63,8 @@ class Settings:
         "What to serve: `module:attribute`, `module:factory` with `factory`, or a module alone.",
         clean=clean_app, argument="APP")
     bind: tuple[str, ...] = setting(("127.0.0.1:8000",), _MAIN,
-        "Where to listen: `HOST:PORT`, `[IPV6]:PORT`, `unix:PATH`, `http://HOST:PORT` for no TLS; can be repeated.",
+        "Where to listen: `HOST:PORT`, `[IPV6]:PORT`, `unix:PATH`, `fd://N`, `systemd:NAME`, `http://HOST:PORT` for no "
+        "TLS; can be repeated.",
         short="-b", separator=",", clean=clean_bind, reloadable=False, metavar="ADDRESS",
         convention=("PORT", lambda port: [f"0.0.0.0:{port}"]))
     workers: int = setting(1, _MAIN,
@@ -251,6 +253,24 @@ class Settings:
     log_format: str = setting("text", _LOGS, "Lines for people or for machines.", choices=("text", "json"))
     log_query: bool = setting(True, _LOGS,
         "Write query strings of requests into the logs; without, `?...` stands in their place.")
+
+    on_arbiter_start: str = setting("", _HOOKS,
+        "Function to call at the start, in a process of its own, as `module:function`.",
+        clean=clean_hook, metavar="HOOK", reloadable=False)
+    on_reload: str = setting("", _HOOKS,
+        "Function to call when a reload is complete or given up, in a process of its own.",
+        clean=clean_hook, metavar="HOOK")
+    on_worker_start: str = setting("", _HOOKS,
+        "Function to call in a worker before it imports the application.", clean=clean_hook, metavar="HOOK")
+    on_worker_ready: str = setting("", _HOOKS,
+        "Function to call in a worker once it serves.", clean=clean_hook, metavar="HOOK")
+    on_worker_drain: str = setting("", _HOOKS,
+        "Function to call in a worker when it begins to drain.", clean=clean_hook, metavar="HOOK")
+    on_worker_exit: str = setting("", _HOOKS,
+        "Function to call in a worker when it has drained, before it ends.", clean=clean_hook, metavar="HOOK")
+    hook_timeout: float = setting(10.0, _HOOKS,
+        "A hook that takes longer is left behind, or killed when it has a process of its own.",
+        unit="s", low=0.01, high=_WEEK)
     # fmt: on
 
     def to_wire(self) -> dict[str, Any]:

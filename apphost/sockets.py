@@ -30,7 +30,8 @@ _UNIX_PATH_MAX = 107  # bytes: sockaddr_un.sun_path on Linux, less its NUL (macO
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """One value of `bind`: TCP (host and port), a Unix socket (path), or an inherited descriptor (fd)."""
+    """One value of `bind`: TCP (host and port), a Unix socket (path), an inherited descriptor (fd), or the name of one
+    that a service manager has passed (name)."""
 
     text: str
     host: str = ""
@@ -38,6 +39,7 @@ class Address:
     path: str = ""
     fd: int = -1
     scheme: str = ""  # http or https, where the text says it
+    name: str = ""
 
 
 class Listener(socket.socket):
@@ -65,13 +67,19 @@ Identity = tuple[int, int, int]
 
 
 def parse_bind(text: str) -> Address:
-    """Parse `HOST:PORT`, `[IPV6]:PORT`, `unix:PATH` or `fd://N`. Pure. Raises `ValueError` that says what is expected.
+    """Parse `HOST:PORT`, `[IPV6]:PORT`, `unix:PATH`, `fd://N` or `systemd:NAME`. Pure. Raises `ValueError` that says
+    what is expected.
 
     An empty host or `*` means every IPv4 interface; port 0 lets the system choose one. `http://` in front of a host is
     no TLS in spite of certificates, `https://` insists on it.
     """
     if text.startswith("unix:"):
         return _parse_unix(text)
+    if text.startswith("systemd:"):
+        name = text.removeprefix("systemd:")
+        if not name or ":" in name or not name.isprintable():
+            raise ValueError("expected systemd:NAME with the name of a socket that systemd passes")
+        return Address(text, name=name)
     if text.startswith("fd://"):
         number = text[5:]
         if not (number.isascii() and number.isdigit()):
@@ -82,7 +90,7 @@ def parse_bind(text: str) -> Address:
         scheme, rest = "", text
     match = _TCP.fullmatch(rest)
     if match is None:
-        raise ValueError("expected HOST:PORT, [IPV6]:PORT, unix:PATH or fd://N, such as 127.0.0.1:8000")
+        raise ValueError("expected HOST:PORT, [IPV6]:PORT, unix:PATH, fd://N or systemd:NAME, such as 127.0.0.1:8000")
     port = int(match["port"])
     if port > 65535:
         raise ValueError(f"a port is at most 65535, not {port}")
@@ -105,7 +113,8 @@ def _parse_unix(text: str) -> Address:
 
 
 def open_listeners(address: Address, backlog: int, access: Access = Access()) -> list[Listener]:
-    """Listening, non-blocking, close-on-exec sockets for `address`; a host name can stand for several.
+    """Listening, non-blocking, close-on-exec sockets for `address`, which is not the name of a passed one (see
+    `arbiter.activation` for those); a host name can stand for several.
 
     `access` is for Unix sockets that are made. Raises `AddressError` with a paragraph that says what is in the way.
     """

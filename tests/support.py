@@ -193,6 +193,7 @@ class Server:
     allow_errors: otherwise the test fails on an `internal error` or a traceback of apphost's own code in the log, and
     on processes that are left behind by a server that has ended.
     prefix: words of a command before the interpreter, as of `pid_namespace`; `pid` is that command's then.
+    pass_fds: descriptors that it inherits, with the same numbers.
     """
 
     def __init__(
@@ -205,6 +206,7 @@ class Server:
         timeout: float = 20.0,
         allow_errors: bool = False,
         prefix: Sequence[str] = (),
+        pass_fds: Sequence[int] = (),
     ) -> None:
         bound = bind is None or any(re.match(r"-b|--bind(=|$)", arg) for arg in args)
         self.args = [*args] if bound else [*args, "--bind", bind]
@@ -215,6 +217,7 @@ class Server:
         self.timeout = timeout
         self.allow_errors = allow_errors
         self.prefix = prefix
+        self.pass_fds = pass_fds
         self.process: subprocess.Popen[bytes] | None = None
         self.exit_code: int | None = None  # once the test has asked for it, with `stop` or `wait_exit`
         self._lines: list[str] = []
@@ -254,6 +257,7 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=self.pass_fds,
         )
         assert self.process.stdout is not None
         os.set_blocking(self.process.stdout.fileno(), False)

@@ -47,7 +47,7 @@ FOREIGN = {
         "--timeout-keep-alive", "--access-logfile", "--certfile", "--keyfile", "--forwarded-allow-ips",
         "--ssl-certfile", "--ssl-keyfile", "--proxy-headers", "--reload", "--ws-max-size",
     },
-    "deploy.md": {"--no-deps", "--no-cache-dir"},
+    "deploy.md": {"--no-deps", "--no-cache-dir", "--fdname"},
     "architecture.md": {"--cases", "--jobs", "--seed", "--case"},
     "settings.md": {"--write", "--name", "--no-name"},
     "tls.md": {"--webroot", "--deploy-hook"},
@@ -306,11 +306,12 @@ def served_commands() -> Iterator[object]:
 
 
 @pytest.mark.parametrize("words", list(served_commands()))
-def test_apphost_commands_would_be_accepted(words: list[str]) -> None:
+def test_apphost_commands_would_be_accepted(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The options exist and their values are allowed, as far as that can be told without the application."""
     if words[0] in COMMANDS:
         COMMANDS[words[0]].make_context("apphost", words[1:])
         return
+    monkeypatch.setattr("apphost.values.entry_point_names", lambda _group: ("lines", "text"))  # of plugins.md
     named = words[0] if words[0] in program.commands else ""
     arguments = words[1:] if named else words[:]
     only_mentioned = named and not arguments
@@ -327,7 +328,7 @@ UNIT = {
     "Unit": {"Description", "After"},
     "Service": {
         "Type", "User", "Group", "RuntimeDirectory", "UMask", "Environment", "ExecStart", "ExecReload", "KillMode",
-        "TimeoutStopSec", "Restart", "RestartSec", "RestartPreventExitStatus", "LimitNOFILE",
+        "WatchdogSec", "TimeoutStopSec", "Restart", "RestartSec", "RestartPreventExitStatus", "LimitNOFILE",
     },
     "Install": {"WantedBy"},
 }  # fmt: skip
@@ -342,6 +343,7 @@ def test_systemd_units(text: str) -> None:
         assert set(unit[section]) <= UNIT[section]
     service = unit["Service"]
     assert shlex.split(service["ExecStart"])[0].startswith("/")
+    assert service["Type"] == "notify"
     assert service["ExecReload"] == "/bin/kill -USR1 $MAINPID"
     assert float(service["TimeoutStopSec"]) > SETTINGS["stop_timeout"].default
     codes = {int(code) for code in service.get("RestartPreventExitStatus", "2").split()}

@@ -70,15 +70,17 @@ def part(name: str) -> str:
 # What the files of a part may import of the other parts; a part that is not named here may import anything.
 _SHARED = {
     "checks", "messages", "lifecycle", "settings", "sources", "values", "cpu", "errors", "logs", "sockets", "bytecode",
-    "privileges", "peers", "endpoint",
+    "privileges", "peers", "endpoint", "hooks",
 }  # fmt: skip
 ALLOWED = {
-    "arbiter": _SHARED | {"forkserver"},
+    "arbiter": _SHARED | {"forkserver", "hookrunner"},
     "worker": _SHARED | {"protocols", "interfaces"},
     "interfaces": {"errors", "logs", "protocols", "values", "lifecycle"},
     "protocols": {"errors", "logs", "values", "lifecycle"},
     "forkserver": _SHARED | {"worker"},
     "operate": {"endpoint", "errors", "logs", "settings", "values"},
+    "hookrunner": _SHARED | {"forkserver"},
+    "hooks": {"errors", "settings"},
     "messages": set(),
     "lifecycle": set(),
     "errors": set(),

@@ -37,6 +37,10 @@ SAMPLES = {
     "ws_on_reload": ("rejoin", "/chat/*=resume"),
     "trusted_proxies": ("10.0.0.0/8", "unix"),
     "forwarded_fields": ("for", "proto"),
+    **{
+        f"on_{name}": ("site_hooks:one", "site.hooks:two")
+        for name in ("arbiter_start", "reload", "worker_start", "worker_ready", "worker_drain", "worker_exit")
+    },
 }
 
 
@@ -174,7 +178,7 @@ def test_defaults_without_any_source() -> None:
 def test_what_a_reload_cannot_change() -> None:
     fixed = {this.name for this in ALL if not this.reloadable}
     assert fixed == {"bind", "backlog", "pidfile", "control", "user", "group", "umask", "proc_name",
-                     "unix_socket_mode", "unix_socket_owner"}  # fmt: skip
+                     "unix_socket_mode", "unix_socket_owner", "on_arbiter_start"}  # fmt: skip
     old = Settings()
     new = dataclasses.replace(old, backlog=100, workers=3, user="www")
     assert module.restart_needed(old, new) == ("backlog", "user")

@@ -39,6 +39,8 @@ from apphost.sockets import Access, Address, describe, identify, open_listeners,
         ("unix:./@app", {"path": "./@app"}),
         ("unix:" + "p" * 107, {"path": "p" * 107}),
         ("fd://3", {"fd": 3}),
+        ("systemd:site.socket", {"name": "site.socket"}),
+        ("systemd:80", {"name": "80"}),
     ],
 )
 def test_parse(text: str, expected: dict[str, str | int]) -> None:
@@ -73,6 +75,9 @@ def test_parse(text: str, expected: dict[str, str | int]) -> None:
         ("unix://@app", "an abstract socket"),
         ("unix:" + "p" * 108, "at most 107 bytes"),
         ("unix:" + "\u20ac" * 36, "at most 107 bytes"),
+        ("systemd:", "expected systemd:NAME"),
+        ("systemd:a:b", "expected systemd:NAME"),
+        ("systemd:a\n", "expected systemd:NAME"),
         ("fd://", "expected fd://N"),
         ("fd://-1", "expected fd://N"),
         ("fd://\u0663", "expected fd://N"),

@@ -10,12 +10,15 @@ import socket
 import time
 
 import apphost
+from apphost.arbiter.activation import Passed
 from apphost.arbiter.arbiter import Arbiter
 from apphost.arbiter.control import Control, open_control
 from apphost.arbiter.history import History
+from apphost.arbiter.hooks import ArbiterHooks
 from apphost.arbiter.pidfile import PidFile
 from apphost.arbiter.services import Happening, What
 from apphost.arbiter.state import StateError
+from apphost.arbiter.systemd import Manager, Notifier, NotifySocket
 from apphost.arbiter.upgrade import Upgrade, open_inherited, open_nothing, read_state, take_over
 from apphost.arbiter.vocabulary import Event, ReloadAsked, Tick
 from apphost.errors import ExitCode
@@ -30,6 +33,8 @@ def run(loaded: Loaded, source: Source) -> int:
     """Serve until told to stop; the exit code. Raises `ApphostError` for what is in the way of starting."""
     settings = loaded.settings
     log = Log(settings.log_level, settings.log_format)
+    manager = Manager.take(os.environ, os.getpid())
+    passed = Passed.take(os.environ, os.getpid())
     if settings.umask is not None:
         os.umask(settings.umask)
     access = _access(settings)
@@ -37,10 +42,12 @@ def run(loaded: Loaded, source: Source) -> int:
     pidfile = PidFile(settings.pidfile) if settings.pidfile else None
     own: dict[str, Identity] = {}
     try:
-        listeners = _listen(settings, access, own)
+        listeners = _listen(loaded, access, own, passed)
         control = open_control(settings, own, log)
         _say_hello(loaded, listeners, log)
-        return _run(Arbiter(loaded, source, listeners, log), own, pidfile, control, History(time.monotonic()))
+        passed.close_rest(log)
+        arbiter = Arbiter(loaded, source, listeners, log)
+        return _run(arbiter, own, pidfile, control, History(time.monotonic()), manager)
     finally:
         _clean_up(own, pidfile)
 
@@ -52,6 +59,7 @@ def resume(word: str) -> int:
     """
     trial = word.endswith("?")
     fd = int(word.rstrip("?"))
+    manager = Manager.take(os.environ, os.getpid())
     try:
         state = read_state(fd, open_nothing if trial else open_inherited)
     except StateError as exc:
@@ -82,7 +90,7 @@ def resume(word: str) -> int:
         # An arbiter that knew of no control sockets has handed over none.
         control = socket.socket(fileno=state.control) if state.control >= 0 else open_control(settings, own, log)
         history = History.from_wire(state.history, time.monotonic())
-        return _run(arbiter, own, pidfile, control, history, ReloadAsked())
+        return _run(arbiter, own, pidfile, control, history, manager, ReloadAsked())
     finally:
         _clean_up(own, pidfile)
 
@@ -93,12 +101,23 @@ def _run(
     pidfile: PidFile | None,
     listener: socket.socket | None,
     history: History,
+    manager: Manager,
     first: Event = Tick(),  # noqa: B008
 ) -> int:
+    """`first`: Tick at a start, ReloadAsked of a program that has taken the place of another one."""
     locked = (pidfile.path, pidfile.fileno()) if pidfile is not None else None
     control = Control(arbiter, listener, history) if listener is not None else None
-    arbiter.upgrade = Upgrade(arbiter, own, locked, control)
+    arbiter.upgrade = Upgrade(arbiter, own, locked, control, manager.environment)
     arbiter.services += [arbiter.upgrade] if control is None else [arbiter.upgrade, control]
+    hooks = ArbiterHooks(arbiter)
+    arbiter.services.append(hooks)
+    resumed = isinstance(first, ReloadAsked)
+    if not resumed:
+        hooks.begin()
+    if manager.address:
+        notifier = Notifier(arbiter, manager.watchdog, NotifySocket(manager.address, arbiter.log).send)
+        arbiter.services.append(notifier)
+        notifier.begin(resumed)
     code = arbiter.run(first)
     arbiter.log.info(f"stopped, exit {code}")
     return code
@@ -115,6 +134,7 @@ def check(loaded: Loaded, source: Source) -> int:
     """Load the application as a worker would, in a process of its own; 0 when it could serve, else what `run` gives."""
     _access(loaded.settings)
     log = Log("error", loaded.settings.log_format)
+    Manager.take(os.environ, os.getpid())  # a unit may check before it starts; what is checked is not the service
     alone = Loaded(dataclasses.replace(loaded.settings, workers=1), loaded.origins)
     arbiter = Arbiter(alone, source, [], log)
     arbiter.services.append(_Check(loaded.settings.app))
@@ -157,12 +177,20 @@ def _access(settings: Settings) -> Access:
     return Access(settings.unix_socket_mode, find_user(user) if user else uid, find_group(group) if group else gid)
 
 
-def _listen(settings: Settings, access: Access, own: dict[str, Identity]) -> list[Listener]:
-    """Open every listener, all or none; `own` notes the Unix sockets that were made, for removal at the end."""
+def _listen(loaded: Loaded, access: Access, own: dict[str, Identity], passed: Passed) -> list[Listener]:
+    """Open every listener, all or none; `own` notes the Unix sockets that were made, for removal at the end.
+
+    What a service manager has passed is enough: without a word about `bind`, its default does not count then.
+    """
+    if passed and loaded.origins.get("bind", "default") == "default":
+        return passed.open_all()
     listeners: list[Listener] = []
-    for text in settings.bind:
+    for text in loaded.settings.bind:
         address = parse_bind(text)
-        listeners += open_listeners(address, settings.backlog, access)
+        if address.name or address.fd >= 0:
+            listeners += passed.open(address)
+            continue
+        listeners += open_listeners(address, loaded.settings.backlog, access)
         if address.path:
             own[address.path] = identify(address.path)
     return listeners

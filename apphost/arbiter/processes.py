@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,14 +114,7 @@ def start_fork_server(generation: int, source: Source, listeners: list[Listener]
     ours, theirs = socket.socketpair()
     dump = make_dump_file()
     fds = [listener.fileno() for listener in listeners]
-    # Blocked until the new program has handlers: nothing that is sent meanwhile is lost, and nothing kills it.
-    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    try:
-        pid = os.fork()
-        if pid == 0:
-            _become_fork_server(source.cwd, theirs.fileno(), dump, fds)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    pid = spawn_python(source.cwd, COMMAND, [theirs.fileno(), dump], fds)
     theirs.close()
     channel = Channel(ours)
     plain = [listener.fileno() for listener in listeners if listener.plain]
@@ -129,16 +123,36 @@ def start_fork_server(generation: int, source: Source, listeners: list[Listener]
     return ForkServer(generation, pid, channel, dump)
 
 
-def _become_fork_server(cwd: str, channel: int, dump: int, listeners: list[int]) -> None:
+def spawn_python(
+    cwd: str, command: str, arguments: list[int], inherited: Sequence[int] = (), own_group: bool = False
+) -> int:
+    """Start a fresh interpreter that runs `command`; its pid. Raises `OSError`.
+
+    arguments: descriptors that it inherits, which it is told; inherited: others. own_group: in a new process group.
+    Signals are blocked until it has handlers of its own: nothing that is sent meanwhile is lost, and nothing kills it.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _become_python(cwd, command, arguments, inherited, own_group)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    return pid
+
+
+def _become_python(cwd: str, command: str, arguments: list[int], inherited: Sequence[int], own_group: bool) -> None:
     """In the child: replace this program. By the names that the user gave, so switched symlinks lead to new code."""
     try:
         try:
             os.chdir(cwd)
         except OSError:
-            pass  # the fork server finds the words for it
-        for fd in (channel, dump, *listeners):
+            pass  # the new program finds the words for it
+        if own_group:
+            os.setpgid(0, 0)
+        for fd in (*arguments, *inherited):
             os.set_inheritable(fd, True)
-        os.execv(sys.executable, [sys.executable, "-c", COMMAND, str(channel), str(dump)])  # noqa: S606
+        os.execv(sys.executable, [sys.executable, "-c", command, *map(str, arguments)])  # noqa: S606
     except BaseException as exc:
         os.write(2, f"apphost: cannot start {sys.executable}: {exc}\n".encode())
     finally:

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from apphost.arbiter.processes import kill, make_dump_file
@@ -32,7 +33,10 @@ _STATE_MAX = 1 << 26  # bytes: some hundred times the state of 1024 workers
 
 
 class Upgrade:
-    """The service that upgrades `arbiter`: `begin`, then `tried` with the trial's end."""
+    """The service that upgrades `arbiter`: `begin`, then `tried` with the trial's end.
+
+    environment: variables that only an arbiter has, for the new one.
+    """
 
     def __init__(
         self,
@@ -40,11 +44,13 @@ class Upgrade:
         own_sockets: dict[str, Identity],
         pidfile: tuple[str, int] | None,
         control: Control | None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self._arbiter = arbiter
         self._control = control
         self._own_sockets = own_sockets
         self._pidfile = pidfile
+        self._environment = dict(environment or {})
         self._trial = 0
         self.deadline: float | None = None
 
@@ -147,7 +153,7 @@ class Upgrade:
             os.chdir(self._arbiter.source.cwd)
         except OSError:
             pass  # it need not exist any more as long as the command does
-        environment = {**os.environ, RESUME_VARIABLE: resume}
+        environment = {**os.environ, **self._environment, RESUME_VARIABLE: resume}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606
 
     def state(self) -> ArbiterState:

@@ -16,6 +16,7 @@ class AsgiInterface:
 
     name = "asgi"
     websockets = True
+    lifespan = True
 
     def __init__(
         self,

@@ -126,7 +126,14 @@ class Handler(Protocol):
 
 
 class Interface(Protocol):
-    """How an application is called; found by name in the entry point group `apphost.interfaces`."""
+    """How an application is called; found by name in the entry point group `apphost.interfaces`.
+
+    The factory is called once per worker, as `factory(app, loop, log, active, root_path=..., worker=...)`: the
+    application, the event loop, the server's log, the set in which every request in progress stands (a drain waits for
+    it to become empty, and it is described in the log of a stuck worker), the setting, and the worker's name. More
+    keywords may come. A factory with a true attribute `lifespan` has the application's ASGI lifespan run, and gets
+    its `state`.
+    """
 
     name: str
     websockets: bool  # whether it understands a stream that is asked to become one

@@ -173,7 +173,12 @@ def load_plugin(group: str, name: str) -> Any:
     found = entry_points(group=group)
     for entry in found:
         if entry.name == name:
-            return entry.load()
+            try:
+                return entry.load()
+            except Exception as exc:
+                raise SettingsError(
+                    f"the plug-in {name!r} of {group} cannot be imported from {entry.value}", user_traceback(exc)
+                ) from None
     known = sorted({*built_in, *found.names})
     raise SettingsError(f"nothing called {name!r} is registered in {group}; there is {', '.join(known)}")
 

@@ -18,6 +18,7 @@ from apphost.messages import DUMP_SIGNAL, Channel
 from apphost.settings import Settings
 from apphost.sockets import Listener
 from apphost.worker.certificates import Certificates
+from apphost.worker.hooks import Hooks
 from apphost.worker.loading import choose_loop, choose_parser, detect_interface, load_application, modern_asgi
 from apphost.worker.server import Server
 
@@ -80,8 +81,10 @@ def _run(assignment: Assignment, channel: Channel, log: Log, server: list[Server
     loop_name, loop = choose_loop(settings.loop)
     asyncio.set_event_loop(loop)  # applications look for one while they are imported
     parser_name, parser = choose_parser(settings.http)
+    hooks = Hooks.load(assignment, log, loop)
+    hooks.start()
     app, interface = _load(assignment)
-    server.append(Server(assignment, channel, log, loop, parser))
+    server.append(Server(assignment, channel, log, loop, parser, hooks))
     names = {"interface": interface, "parser": parser_name, "loop": loop_name}
     try:
         loop.run_until_complete(server[0].serve(app, interface, names, started))

@@ -29,6 +29,7 @@ from apphost.protocols.websocket import WebSocketOptions, read_on_reload
 from apphost.worker.acceptor import Acceptor
 from apphost.worker.certificates import Tls
 from apphost.worker.handover import Receiver, Sender
+from apphost.worker.hooks import Hooks
 from apphost.worker.inquiry import Inquiry, oldest
 from apphost.worker.loading import load_plugin
 from apphost.worker.parting import Parting, Ways
@@ -47,13 +48,20 @@ class Server:
     """One worker's serving side. All methods run on the event loop."""
 
     def __init__(
-        self, assignment: Assignment, channel: Channel, log: Log, loop: asyncio.AbstractEventLoop, parser: HeadParser
+        self,
+        assignment: Assignment,
+        channel: Channel,
+        log: Log,
+        loop: asyncio.AbstractEventLoop,
+        parser: HeadParser,
+        hooks: Hooks,
     ) -> None:
         self.assignment = assignment
         self.settings = assignment.settings
         self.channel = channel
         self.log = log
         self.loop = loop
+        self.hooks = hooks
         self.state = State.BOOTING
         self.reason = ""
         self.deadline = 0.0  # loop time by which the drain must be over
@@ -140,10 +148,12 @@ class Server:
             self._begin_serving()
             self.channel.send({"t": "ready", "seconds": time.monotonic() - started, **names})
             self._inquiry.tell_code(self.settings.app)
+            self.hooks.ready()
         await self.drained.wait()
         self._end_serving()
         if lifespan is not None:
             await lifespan.shutdown(max(SHUTDOWN_MIN, self.deadline - self.loop.time()))
+        await self.hooks.exit(self.deadline - self.loop.time())
         if self.context.access_log is not None:
             self.context.access_log.flush()
 
@@ -157,7 +167,7 @@ class Server:
             self._mount(partial(factory, app, self.pool, self.log, self.context.active, **options))
             return None
         lifespan = None
-        if settings.lifespan != "off":
+        if settings.lifespan != "off" and getattr(factory, "lifespan", False):
             lifespan = Lifespan(app, settings.lifespan, self.log, self.assignment.name)
             await lifespan.startup()
             options["state"] = lifespan.state
@@ -316,6 +326,7 @@ class Server:
         else:
             self.deadline = now + seconds
             self._move(State.DRAINING)
+            self.hooks.drain(reason)
             self.context.draining = True
             for acceptor in self.acceptors:
                 acceptor.stop(take_rest=not successors)

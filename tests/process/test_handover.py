@@ -356,7 +356,7 @@ def test_recycled_workers_hand_their_clients_on(tmp_path: Path, flavour: tuple[s
 @fast_flavours
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_storm_of_reloads_ends_no_connection(tmp_path: Path, flavour: tuple[str, str, str], workers: int) -> None:
-    with serving(tmp_path, flavour, "--workers", str(workers)) as (server, address):
+    with serving(tmp_path, flavour, "--workers", str(workers), "--request-header-timeout", "120") as (server, address):
         with Load(address, clients=6) as load, crowd(address, 30, 10, 0) as people:
             for number in range(25):
                 write_app(server.cwd, "app", site(flavour[0], f"v{number}"))
