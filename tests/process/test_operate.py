@@ -160,16 +160,18 @@ def test_it_does_not_wait_unless_told_to(tmp_path: Path) -> None:
 def test_waiting_goes_on_across_an_upgrade(tmp_path: Path) -> None:
     """Who waits for a reload, and who has asked for the upgrade, both get their end from the new program."""
     with serving(tmp_path, "asgi") as server:
-        before = status(server)
+        server.reload()
+        before = wait_for(lambda: found if (found := status(server))["replaced"] else None)
+        assert before["replaced"] == {"reload": 1}
         write_app(tmp_path, "app", site("asgi", "two") + HANGING)
         waiting = begin("reload", "--wait", "--pid", str(server.pid))
-        server.wait_line("worker 2 gen 2 booting")
+        server.wait_line("worker 3 gen 3 booting")
         upgrading = begin("upgrade", "--pid", str(server.pid))
         server.wait_line("info upgraded: apphost")
         (tmp_path / "boot").touch()
         out, err = upgrading.communicate(timeout=30)
         assert upgrading.returncode == 0, out + err
-        assert re.search(r"generation 3 is serving app:app with 1 worker", out)
+        assert re.search(r"generation 4 is serving app:app with 1 worker", out)
         out, err = waiting.communicate(timeout=30)
         assert waiting.returncode == 9, out + err
         found = status(server)
