@@ -133,7 +133,11 @@ class Arbiter:
         if len(self._events) > 1:
             return
         while self._events:
-            for action in step(self.fleet, self._events[0], time.monotonic()):
+            event = self._events[0]
+            actions = step(self.fleet, event, time.monotonic())
+            if isinstance(event, v.WorkerReady):  # before what follows from it is told
+                self.tell(What.READY, worker=self.workers.get(event.wid))
+            for action in actions:
                 _PERFORM[type(action)](self, action)
             self._events.popleft()
 
@@ -237,7 +241,6 @@ class Arbiter:
         what = ", ".join(worker.names.values())
         self.log.info(f"{worker.name} ready in {message['seconds']:.2f} s ({what})", **who(worker), **worker.names)
         settings = self.fork_servers.settings(worker.generation) or self.settings
-        self.tell(What.READY, worker=worker)
         self._feed(v.WorkerReady(worker.wid, fleet_config(settings)))
         self._adopt_settings(settings, worker.generation)
         self._introduce(worker)
