@@ -31,6 +31,7 @@ SAMPLES = {
     "root_path": ("/one", "/two"),
     "ready_probe": ("/one", "/two?x=1"),
     "umask": ("022", "027"),
+    "access_log_format": ("combined", "%(h)s %(status)s"),
     "unix_socket_mode": ("600", "660"),
     "tls_keyfile": ("one.key", "two.key"),
     "ws_on_reload": ("rejoin", "/chat/*=resume"),
@@ -173,7 +174,7 @@ def test_defaults_without_any_source() -> None:
 def test_what_a_reload_cannot_change() -> None:
     fixed = {this.name for this in ALL if not this.reloadable}
     assert fixed == {"bind", "backlog", "pidfile", "user", "group", "umask", "proc_name",
-                     "unix_socket_mode", "unix_socket_owner"}  # fmt: skip
+                     "unix_socket_mode", "unix_socket_owner", "error_log"}  # fmt: skip
     old = Settings()
     new = dataclasses.replace(old, backlog=100, workers=3, user="www")
     assert module.restart_needed(old, new) == ("backlog", "user")

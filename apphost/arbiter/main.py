@@ -11,11 +11,13 @@ import time
 import apphost
 from apphost.arbiter.arbiter import Arbiter
 from apphost.arbiter.pidfile import PidFile
+from apphost.arbiter.rotation import Rotation
 from apphost.arbiter.services import Happening, What
 from apphost.arbiter.state import StateError
 from apphost.arbiter.upgrade import Upgrade, open_inherited, open_nothing, read_state, take_over
 from apphost.arbiter.vocabulary import Event, ReloadAsked, Tick
 from apphost.errors import ExitCode
+from apphost.logfiles import open_own_log
 from apphost.logs import Log
 from apphost.privileges import find_group, find_user, parse_owner, resolve
 from apphost.settings import Settings
@@ -26,9 +28,9 @@ from apphost.sources import Loaded, Source
 def run(loaded: Loaded, source: Source) -> int:
     """Serve until told to stop; the exit code. Raises `ApphostError` for what is in the way of starting."""
     settings = loaded.settings
-    log = Log(settings.log_level, settings.log_format)
     if settings.umask is not None:
         os.umask(settings.umask)
+    log = _open_log(settings, source)
     access = _access(settings)
     _set_title(settings.proc_name)
     pidfile = PidFile(settings.pidfile) if settings.pidfile else None
@@ -36,7 +38,7 @@ def run(loaded: Loaded, source: Source) -> int:
     try:
         listeners = _listen(settings, access, own)
         _say_hello(loaded, listeners, log)
-        return _run(Arbiter(loaded, source, listeners, log), own, pidfile)
+        return _run(Arbiter(loaded, source, listeners, log), source, own, pidfile)
     finally:
         _clean_up(own, pidfile)
 
@@ -56,7 +58,7 @@ def resume(word: str) -> int:
     os.close(fd)
     settings = state.settings
     source = Source.from_wire(state.source)
-    log = Log(settings.log_level, settings.log_format)
+    log = _open_log(settings, source)
     if trial:
         take_over(Arbiter(Loaded(settings, {}), source, [], log), state)
         return ExitCode.OK
@@ -74,13 +76,14 @@ def resume(word: str) -> int:
             f"upgraded: apphost {apphost.__version__} on Python {platform.python_version()} goes on with "
             f"{len(arbiter.workers)} workers, pid {os.getpid()}"
         )
-        return _run(arbiter, state.own_sockets, pidfile, ReloadAsked())
+        return _run(arbiter, source, state.own_sockets, pidfile, ReloadAsked())
     finally:
         _clean_up(state.own_sockets, pidfile)
 
 
 def _run(
     arbiter: Arbiter,
+    source: Source,
     own: dict[str, Identity],
     pidfile: PidFile | None,
     first: Event = Tick(),  # noqa: B008
@@ -88,9 +91,16 @@ def _run(
     locked = (pidfile.path, pidfile.fileno()) if pidfile is not None else None
     arbiter.upgrade = Upgrade(arbiter, own, locked)
     arbiter.services.append(arbiter.upgrade)
+    if arbiter.settings.error_log:
+        arbiter.services.append(Rotation(arbiter.log, lambda: _open_log(arbiter.settings, source)))
     code = arbiter.run(first)
     arbiter.log.info(f"stopped, exit {code}")
     return code
+
+
+def _open_log(settings: Settings, source: Source) -> Log:
+    """Raises `PrivilegesError`."""
+    return open_own_log(settings, os.path.join(source.cwd, settings.chdir), resolve(settings.user, settings.group))
 
 
 def _clean_up(own: dict[str, Identity], pidfile: PidFile | None) -> None:
