@@ -7,11 +7,11 @@ Not on top of `logging`; see `logs`.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
 from collections.abc import Callable, Sequence
+from json.encoder import encode_basestring_ascii
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from apphost.errors import nearest
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from apphost.protocols.http1 import Connection
 
 _FLUSH_SIZE = 65536  # characters of access log that are written out without waiting for the end of the loop's turn
-NO_CLIENT = 499  # nginx's code for a client that left before it got an answer
 
 # (exchange, duration in seconds, whether the response was cut short) to a line, without its end
 Line: TypeAlias = Callable[[Any, float, bool], str]
@@ -35,11 +34,11 @@ _AUTO = '%(h)s - - %(t)s "%(r)s" %(s)s %(B)s %(L)s%( tail)s'
 NAMES = ("auto", *_NAMED, "json")
 
 # What a field is: its conversion, and the expression for its value. In an expression, `e` is the exchange, `d` the
-# duration, `cut` whether the response is incomplete; the functions are those of `_Fields`. The long name, then aliases.
+# duration, `cut` whether the response is incomplete, `f` the `_Fields`. The long name, then aliases. 499 is nginx's
+# code for a client that left before it got an answer.
 _TABLE: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("client", "h"), "%s", "e.client[0] if e.client else '-'"),
-    (("l",), "%s", "'-'"),
-    (("user", "u"), "%s", "'-'"),
+    (("user", "u", "l"), "%s", "'-'"),
     (("t",), "%s", "f.stamp()"),
     (("time",), "%s", "f.iso()"),
     (("request", "r"), "%s", "f.request(e.head)"),
@@ -58,7 +57,7 @@ _TABLE: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("D",), "%d", "d * 1e6"),
     (("queue",), "%s", "seconds(queue(e))"),
     (("host",), "%s", "header(e.head, b'host')"),
-    (("referer", "f"), "%s", "header(e.head, b'referer')"),
+    (("referer", "f"), "%s", "quoted(f.referer(e.head) or '-')"),
     (("user_agent", "a"), "%s", "header(e.head, b'user-agent')"),
     (("request_id",), "%s", "getattr(e, 'request_id', None) or '-'"),
     (("worker",), "%s", "f.origin.worker"),
@@ -67,6 +66,27 @@ _TABLE: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("p",), "%s", "f'<{f.origin.pid}>'"),
     (("cut",), "%s", "'cut' if cut else '-'"),
     ((" tail",), "%s", "' cut' if cut else ''"),  # of our own format: no template can name it
+)
+# The same for `json`: the key, the conversion, the expression.
+_JSON = (
+    ("time", '"%s"', "f.iso()"),
+    ("client", "%s", "string(e.client[0]) if e.client else '\"-\"'"),
+    ("method", "%s", "string(e.head.method)"),
+    ("target", "%s", "string(f.show(e.head.target))"),
+    ("version", '"%s"', "e.head.version"),
+    ("status", "%d", "e.status or 499"),
+    ("bytes", "%d", "e.sent"),
+    ("duration", "%.6f", "d"),
+    ("cut", "%s", "'true' if cut else 'false'"),
+    ("queue", "%s", "seconds(queue(e), 'null')"),
+    ("scheme", '"%s"', "e.scheme"),
+    ("host", "%s", "string(values(e.head, b'host'))"),
+    ("referer", "%s", "string(f.referer(e.head))"),
+    ("user_agent", "%s", "string(values(e.head, b'user-agent'))"),
+    ("request_id", "%s", "string(getattr(e, 'request_id', None))"),
+    ("worker", "%d", "f.origin.worker"),
+    ("generation", "%d", "f.origin.generation"),
+    ("pid", "%d", "f.origin.pid"),
 )
 FIELDS = {name: (conversion, value) for names, conversion, value in _TABLE for name in names}
 _PLACE = re.compile(r"%(?:%|\(([^)]*)\)s|(.?))", re.DOTALL)
@@ -129,7 +149,8 @@ def compile_format(text: str, origin: Origin) -> Line:
     """One function that makes the line of a finished exchange. Raises `ValueError`; see `check_format`."""
     fields = _Fields(origin)
     if text == "json":
-        return fields.json
+        template = "{" + ", ".join(f'"{key}": {conversion}' for key, conversion, _ in _JSON) + "}"
+        return _make(fields, template, [value for _, _, value in _JSON])
     if text == "auto":
         names = re.findall(r"%\(([^)]*)\)s", _AUTO)
         parts = [*zip(re.split(r"%\([^)]*\)s", _AUTO), [*names, ""], strict=True)]
@@ -140,12 +161,18 @@ def compile_format(text: str, origin: Origin) -> Line:
         conversion, value = FIELDS.get(name, ("%s" if name else "", _header_value(name)))
         template += literal.replace("%", "%%") + conversion
         values += [value] if name else []
+    return _make(fields, template, values)
+
+
+def _make(fields: _Fields, template: str, values: list[str]) -> Line:
+    """The function that fills the template with the values of the expressions."""
     # One expression, as a chain of calls would take twice as long. Its text comes from the table above, and from names
     # of header fields as literals of bytes; the template is a value.
     code = f"lambda e, d, cut: template % ({', '.join(values)},)"
-    names_of_code = {"f": fields, "template": template, "quoted": quoted, "header": header, "protocol": protocol,
-                     "queue": queue, "seconds": seconds, "getattr": getattr, "__builtins__": {}}  # fmt: skip
-    line: Line = eval(code, names_of_code)  # noqa: S307
+    names = {"f": fields, "template": template, "quoted": quoted, "header": header, "protocol": protocol,
+             "queue": queue, "seconds": seconds, "string": string, "values": _values, "getattr": getattr,
+             "__builtins__": {}}  # fmt: skip
+    line: Line = eval(code, names)  # noqa: S307
     return line
 
 
@@ -165,8 +192,11 @@ def _as_hex(match: re.Match[str]) -> str:
 
 
 def _values(head: Any, name: bytes) -> str | None:
-    values = [value for key, value in head.headers if key == name]
-    return b", ".join(values).decode("latin-1") if values else None
+    found: bytes | None = None
+    for key, value in head.headers:
+        if key == name:
+            found = value if found is None else found + b", " + value
+    return found.decode("latin-1") if found is not None else None
 
 
 def header(head: Any, name: bytes) -> str:
@@ -185,8 +215,13 @@ def queue(exchange: Any) -> float | None:
     return max(0.0, called - exchange.started_at) if called else None
 
 
-def seconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.6f}"
+def seconds(value: float | None, none: str = "-") -> str:
+    return none if value is None else f"{value:.6f}"
+
+
+def string(text: str | None) -> str:
+    """`text` in JSON. That may hold DEL as it is, which to a terminal is a control as well."""
+    return "null" if text is None else encode_basestring_ascii(text).replace("\x7f", "\\u007f")
 
 
 class _Fields:
@@ -225,32 +260,13 @@ class _Fields:
     def query(self, head: Any) -> str:
         return ("..." if head.query else "") if self._hides else quoted(head.query.decode("latin-1"))
 
-    def json(self, exchange: Any, duration: float, cut: bool) -> str:
-        """One object, in which what there is not is null."""
-        head = exchange.head
-        waited = queue(exchange)
-        record = {
-            "time": self.iso(),
-            "client": exchange.client[0] if exchange.client else "-",
-            "method": head.method,
-            "target": self.show(head.target),
-            "version": head.version,
-            "status": exchange.status or NO_CLIENT,
-            "bytes": exchange.sent,
-            "duration": round(duration, 6),
-            "cut": cut,
-            "queue": None if waited is None else round(waited, 6),
-            "scheme": exchange.scheme,
-            "host": _values(head, b"host"),
-            "referer": _values(head, b"referer"),
-            "user_agent": _values(head, b"user-agent"),
-            "request_id": getattr(exchange, "request_id", None),
-            "worker": self.origin.worker,
-            "generation": self.origin.generation,
-            "pid": self.origin.pid,
-        }
-        # JSON may hold DEL as it is, which to a terminal is a control as well.
-        return json.dumps(record).replace("\x7f", "\\u007f")
+    def referer(self, head: Any) -> str | None:
+        """It is often another URL of this site, with a query string."""
+        text = _values(head, b"referer")
+        if text is None or not self._hides:
+            return text
+        url, question, _ = text.partition("?")
+        return url + ("?..." if question else "")
 
 
 class _NoHead:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -22,34 +22,41 @@ if TYPE_CHECKING:
 # What proxies and tracing libraries make: hex, UUIDs, base64, W3C trace ids with dashes. nginx's `$request_id` has 32
 # characters, a UUID 36; four times that leaves room for what joins several.
 _GOOD = re.compile(rb"[A-Za-z0-9+/=_.:@~-]{1,144}")
+_STOCK = 512  # bytes asked of the system at a time, for 32 ids: a call for each would take most of its time
 
 
 class RequestIds:
     """The rules. `name`: the header field. underscores: whether names with `_` come through, which to WSGI are the
     same as those with `-`."""
 
-    __slots__ = ("field", "name", "underscores")
+    __slots__ = ("_random", "field", "name", "underscores")
 
     def __init__(self, name: str, underscores: bool = False) -> None:
         self.field = name.encode("ascii")
         self.name = self.field.lower()
         self.underscores = underscores
+        self._random = b""
 
-    def is_ours(self, name: bytes) -> bool:
-        return name == self.name or (self.underscores and name.replace(b"_", b"-") == self.name)
+    def make(self) -> bytes:
+        """128 random bits in hex."""
+        if not self._random:
+            self._random = os.urandom(_STOCK).hex().encode("ascii")
+        made, self._random = self._random[:32], self._random[32:]
+        return made
 
     def take(self, headers: Headers, believed: bool) -> tuple[bytes, Headers]:
         """(the id, the header fields with it in the place of what the client has sent for it).
 
         That is the id when the peer is `believed`, and it is a single one of harmless characters; else one is made.
         """
-        given = [value for name, value in headers if self.is_ours(name)]
-        if believed and len(given) == 1 and _GOOD.fullmatch(given[0]) is not None:
-            made = given[0]
-        else:
-            made = os.urandom(16).hex().encode("ascii")
+        ours: Collection[bytes] = (self.name,)
+        if self.underscores:
+            ours = {name for name, _ in headers if name.replace(b"_", b"-") == self.name}
+        given = [value for name, value in headers if name in ours]
+        good = believed and len(given) == 1 and _GOOD.fullmatch(given[0]) is not None
+        made = given[0] if good else self.make()
         if given:
-            headers = [item for item in headers if not self.is_ours(item[0])]
+            headers = [item for item in headers if item[0] not in ours]
         return made, [*headers, (self.name, made)]
 
 
