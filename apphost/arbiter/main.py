@@ -16,9 +16,9 @@ from apphost.arbiter.services import Happening, What
 from apphost.arbiter.state import StateError
 from apphost.arbiter.upgrade import Upgrade, open_inherited, open_nothing, read_state, take_over
 from apphost.arbiter.vocabulary import Event, ReloadAsked, Tick
-from apphost.errors import ExitCode
+from apphost.errors import ApphostError, ExitCode
 from apphost.logfiles import open_own_log
-from apphost.logs import Log
+from apphost.logs import Log, open_log
 from apphost.privileges import find_group, find_user, parse_owner, resolve
 from apphost.settings import Settings
 from apphost.sockets import Access, Identity, Listener, describe, identify, open_listeners, parse_bind, unlink_own
@@ -58,7 +58,7 @@ def resume(word: str) -> int:
     os.close(fd)
     settings = state.settings
     source = Source.from_wire(state.source)
-    log = _open_log(settings, source)
+    log = _open_log_again(settings, source)
     if trial:
         take_over(Arbiter(Loaded(settings, {}), source, [], log), state)
         return ExitCode.OK
@@ -101,6 +101,16 @@ def _run(
 def _open_log(settings: Settings, source: Source) -> Log:
     """Raises `PrivilegesError`."""
     return open_own_log(settings, os.path.join(source.cwd, settings.chdir), resolve(settings.user, settings.group))
+
+
+def _open_log_again(settings: Settings, source: Source) -> Log:
+    """As above, of an arbiter that must go on in any case: on standard error when the file cannot be opened."""
+    try:
+        return _open_log(settings, source)
+    except ApphostError as exc:
+        log = Log(settings.log_level, settings.log_format, open_log("/dev/stderr"))
+        log.error(f"{exc.message}; the log goes to standard error until the next reload")
+        return log
 
 
 def _clean_up(own: dict[str, Identity], pidfile: PidFile | None) -> None:

@@ -132,6 +132,28 @@ def test_an_error_log_that_cannot_be_opened(tmp_path: Path) -> None:
         assert server.stop() == 0
 
 
+def test_an_upgrade_goes_on_with_its_log(tmp_path: Path) -> None:
+    """USR2: in the file of that name, or on standard error when there can be none; rotation works afterwards."""
+    write_app(tmp_path, "wsgi_app", WSGI)
+    (tmp_path / "logs").mkdir()
+    first, second = tmp_path / "logs" / "error.log", tmp_path / "gone" / "error.log"
+    with Server("wsgi_app:app", "--error-log", "logs/error.log", cwd=tmp_path, until=None) as server:
+        wait_for(lambda: "generation 1 is serving" in text_of(first))
+        server.signal(signal.SIGUSR2)
+        wait_for(lambda: "generation 2 is serving" in text_of(first), 30)
+        (tmp_path / "logs").rename(tmp_path / "gone")
+        server.signal(signal.SIGUSR2)
+        server.wait_line("cannot open the error log .*; the log goes to standard error until the next reload")
+        server.wait_line("generation 3 given up: .*cannot open the error log")
+        (tmp_path / "logs").mkdir()
+        server.signal(signal.SIGUSR1)
+        wait_for(lambda: "generation 4 is serving" in text_of(first), 30)
+        assert "upgraded: apphost" in second.read_text()
+        mark = server.mark()
+        assert server.stop() == 0
+        assert server.lines(mark) == [], "the file has the rest"
+
+
 # ----------------------------------------------------------------------------------------------------------- log_config
 
 CONFIG = {
