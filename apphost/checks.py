@@ -114,3 +114,33 @@ def clean_on_reload(entries: tuple[str, ...]) -> tuple[str, ...]:
         if policy not in words or (equals and pattern[:1] not in ("/", "*")):
             raise ValueError(f"expected one of {', '.join(words)}, alone or behind a path, as in '/chat/*=rejoin'")
     return entries
+
+
+def clean_access_log(target: str) -> str:
+    if target.startswith("syslog:"):
+        from apphost.logfiles import parse_syslog
+
+        parse_syslog(target.removeprefix("syslog:"))
+    return target
+
+
+def clean_access_log_format(text: str) -> str:
+    from apphost.access import check_format
+
+    return check_format(text)
+
+
+# Fields that mean something to the server, or to every recipient: an id in them would break the message.
+_NO_ID = frozenset(
+    ("authorization", "connection", "content-length", "content-type", "cookie", "date", "expect", "forwarded", "host",
+     "keep-alive", "proxy", "server", "set-cookie", "te", "trailer", "transfer-encoding", "upgrade")
+)  # fmt: skip
+
+
+def clean_request_id_header(name: str) -> str:
+    """The name of a field of its own; without `_`, since WSGI cannot tell that from `-`."""
+    if name and (not re.fullmatch(r"[A-Za-z0-9-]{1,64}", name) or name.lower().startswith("sec-")):
+        raise ValueError("expected the name of a header field, such as X-Request-ID")
+    if name.lower() in _NO_ID:
+        raise ValueError("expected a header field of its own, such as X-Request-ID")
+    return name

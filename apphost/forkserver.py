@@ -12,7 +12,6 @@ one waits for them, kills those that do not end in time, and goes.
 
 from __future__ import annotations
 
-import errno
 import faulthandler
 import gc
 import os
@@ -26,8 +25,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from apphost.bytecode import distrust_stale_bytecode
-from apphost.errors import ApphostError, ExitCode, PrivilegesError, SettingsError
-from apphost.logs import Log, open_access_log
+from apphost.errors import ApphostError, ExitCode, SettingsError
+from apphost.logfiles import open_access_sink, open_own_log
+from apphost.logs import Log
 from apphost.messages import DUMP_SIGNAL, PROTOCOL_VERSION, Channel, Message
 from apphost.peers import is_of_parent, take_channels
 from apphost.privileges import Account, become, check_readable, resolve
@@ -36,7 +36,9 @@ from apphost.sockets import Listener
 from apphost.sources import Source
 
 if TYPE_CHECKING:
+    from apphost.access import Sink
     from apphost.worker.certificates import Certificates
+    from apphost.worker.logconfig import LogConfig
     from apphost.worker.main import Assignment
 
 # The interpreter is started with this. The directory it is started in must not shadow a module before apphost itself is
@@ -116,7 +118,9 @@ class ForkServer:
         self._generation = 0
         self._settings = Settings()
         self._listeners: list[Listener] = []
-        self._access_log: int | None = None
+        self._log = Log()
+        self._access_log: Sink | None = None
+        self._log_config: LogConfig | None = None
         self._app: Any = None  # preloaded
         self._certificates: Certificates | None = None
 
@@ -205,17 +209,20 @@ class ForkServer:
         for listener in self._listeners:
             listener.set_inheritable(False)
             listener.plain = listener.fileno() in message.get("plain", ())
-        enter(settings, source.cwd, self._prepare_as_root)
+        directory = enter(settings, source.cwd, self._prepare_as_root)
         if self._certificates is not None:
-            _see_whether_watched(settings, self._certificates)
-        self._app = _prepare_workers(settings)
+            _see_whether_watched(settings, self._certificates, self._log)
+        self._log_config = _read_log_config(settings, directory)
+        self._app = _prepare_workers(settings, self._log_config, self._log)
         ignored = restart_needed(running, loaded)
         self._channel.send({"t": "settings", "settings": settings.to_wire(), "ignored": ignored})
 
     def _prepare_as_root(self, directory: str, account: Account | None) -> None:
         """The last things that are done so: what follows is the application's, or may run code of it."""
-        self._access_log = _open_access_log(self._settings.access_log, directory, account)
-        self._certificates = _load_certificates(self._settings, directory)
+        settings = self._settings
+        self._log = open_own_log(settings, directory, account)
+        self._access_log = open_access_sink(settings, directory, account, self._log)
+        self._certificates = _load_certificates(settings, directory, self._log)
 
     def _spawn(self, wid: int, fds: list[int]) -> tuple[Assignment, Channel] | None:
         channel_fd, dump_fd = fds
@@ -241,14 +248,16 @@ class ForkServer:
         os.close(self._wakeup)
         self._channel.close()
         assignment = Assignment(
-            wid, self._generation, self._settings, self._listeners, dump_fd, self._access_log, self._app,
-            self._certificates,
+            wid, self._generation, self._settings, self._listeners, dump_fd, self._log, self._access_log, self._app,
+            self._certificates, self._log_config,
         )  # fmt: skip
         return assignment, Channel(channel)
 
 
-def enter(settings: Settings, cwd: str, before: Callable[[str, Account | None], None] | None = None) -> None:
-    """Be where the application is, as who it is: umask, user, group, directory, `sys.path`. Raises `ApphostError`.
+def enter(settings: Settings, cwd: str, before: Callable[[str, Account | None], None] | None = None) -> str:
+    """Be where the application is, as who it is: umask, user, group, directory, `sys.path`. The directory.
+
+    Raises `ApphostError`.
 
     before: what must be done while this process is still who it was; it gets the directory, and who it becomes.
     """
@@ -263,6 +272,7 @@ def enter(settings: Settings, cwd: str, before: Callable[[str, Account | None], 
     _change_directory(directory)
     sys.path[:0] = [os.path.join(directory, path) for path in (*settings.pythonpath, "")]
     distrust_stale_bytecode()
+    return directory
 
 
 def _change_directory(directory: str) -> None:
@@ -274,27 +284,13 @@ def _change_directory(directory: str) -> None:
     os.environ["PWD"] = directory
 
 
-def _open_access_log(target: str, directory: str, account: Account | None) -> int | None:
-    """Open it once for all workers of the generation, while this process still may. Raises `PrivilegesError`."""
-    if not target:
-        return None
-    as_root = account is not None and account.uid != 0 and os.geteuid() == 0
-    try:
-        return open_access_log(target, directory, follow=not as_root)
-    except OSError as exc:
-        why = exc.strerror
-        if as_root and exc.errno in (errno.ELOOP, errno.EMLINK):  # the latter on BSDs
-            why = "it is a symbolic link, and root follows none where the workers have another user"
-        raise PrivilegesError(f"cannot open the access log {target}: {why}") from None
-
-
 def _drop_privileges(account: Account) -> None:
     become(account)
     # What is imported from here on is read by that user.
     check_readable(os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker", "main.py"), account)
 
 
-def _load_certificates(settings: Settings, directory: str) -> Certificates | None:
+def _load_certificates(settings: Settings, directory: str, log: Log) -> Certificates | None:
     """While keys that only root may read can be read. `directory`: where relative names begin, which is entered later.
 
     Raises `SettingsError`.
@@ -305,32 +301,45 @@ def _load_certificates(settings: Settings, directory: str) -> Certificates | Non
 
     certificates = load(settings, directory)
     for warning in certificates.warnings if certificates is not None else ():
-        Log(settings.log_level, settings.log_format).warning(warning)
+        log.warning(warning)
     return certificates
 
 
-def _see_whether_watched(settings: Settings, certificates: Certificates) -> None:
+def _see_whether_watched(settings: Settings, certificates: Certificates, log: Log) -> None:
     from apphost.worker.certificates import unreadable
 
     hidden = unreadable(settings)
     certificates.watched = not hidden
     if hidden and settings.tls_watch_interval:
-        Log(settings.log_level, settings.log_format).info(
+        log.info(
             f"user {settings.user or os.getuid()} may not read {', '.join(hidden)}: the workers cannot see when "
             "certificates are renewed, so send USR1 then"
         )
 
 
-def _prepare_workers(settings: Settings) -> Any:
+def _read_log_config(settings: Settings, directory: str) -> LogConfig | None:
+    """As the user of the workers, as it names files that they open. Raises `SettingsError`."""
+    if not settings.log_config:
+        return None
+    from apphost.worker.logconfig import LogConfig, read
+
+    return LogConfig(settings.log_config, read(settings.log_config, directory))
+
+
+def _prepare_workers(settings: Settings, log_config: LogConfig | None, log: Log) -> Any:
     """Import what every worker will need, once; then keep the garbage collector from touching, and so copying, it.
 
-    With `preload` that includes the application, which is returned. Raises `ApplicationError`.
+    With `preload` that includes the application, which is returned. Raises `ApphostError`.
     """
     from apphost.worker.loading import load_application, preimport
 
     preimport(settings.http, settings.loop)
     _set_title(settings.proc_name)
-    app = load_application(settings.app, settings.factory) if settings.preload else None
+    app = None
+    if settings.preload:
+        if log_config is not None:
+            log_config.apply(log)
+        app = load_application(settings.app, settings.factory)
     gc.collect()
     gc.freeze()
     return app

@@ -1,4 +1,4 @@
-"""What apphost says: its own log on standard error, and the access log.
+"""What apphost says: its own log, on standard error or in a file. (The access log is in `access`.)
 
 Not on top of `logging`: an application that configures logging may close, redirect or silence every logger of its
 process, and the arbiter's and the workers' words must still come out. A record is one `write`, so that lines of many
@@ -10,18 +10,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import asyncio
-
-    from apphost.protocols.exchange import Exchange
-    from apphost.protocols.http1 import Connection
+from collections.abc import Callable, Mapping
+from typing import Any
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 _STDERR = 2
-_FLUSH_SIZE = 65536  # bytes of access log that are written out without waiting for the end of the loop's turn
 
 
 def escape(text: str) -> str:
@@ -45,6 +38,15 @@ def hide_queries(hide: bool) -> None:
     """Whether this process leaves query strings out of all that it logs. Decided once, when a worker starts."""
     global _show_target
     _show_target = _without_query if hide else _with_query
+
+
+def show_raw() -> Callable[[bytes], str]:
+    """How this process shows targets, not yet escaped."""
+    return _show_target
+
+
+def query_hidden() -> bool:
+    return _show_target is _without_query
 
 
 def show_target(target: bytes) -> str:
@@ -80,18 +82,60 @@ FORMATS: dict[str, Callable[[float, str, int, str, str, dict[str, Any]], str]] =
 }
 
 
+# Levels as journald takes them in front of a line (sd-daemon(3)): those of syslog.
+_PRIORITIES = {"debug": "<7>", "info": "<6>", "warning": "<4>", "error": "<3>"}
+
+
+def is_journal(fd: int, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether `fd` is the stream to journald that systemd has made for this service (systemd.exec(5))."""
+    stream = environ.get("JOURNAL_STREAM", "")
+    if not stream:
+        return False
+    try:
+        stat = os.fstat(fd)
+    except OSError:
+        return False
+    return stream == f"{stat.st_dev}:{stat.st_ino}"
+
+
+def format_journal(_when: float, level: str, pid: int, message: str, detail: str, _fields: dict[str, Any]) -> str:
+    """`<6>[4711] worker 1 gen 1 ready in 0.41 s`: journald has the time already. Each line of the detail has the
+    priority again, as journald makes a record of each line."""
+    priority = _PRIORITIES[level]
+    line = f"{priority}[{pid}] {escape(message)}\n"
+    return line + "".join(f"{priority}    {text}\n" for text in map(escape, detail.splitlines())) if detail else line
+
+
+def _format_journal_json(when: float, level: str, pid: int, message: str, detail: str, fields: dict[str, Any]) -> str:
+    return _PRIORITIES[level] + format_json(when, level, pid, message, detail, fields)
+
+
+_JOURNAL_FORMATS = {"text": format_journal, "json": _format_journal_json}
+
+
 class Log:
-    """The server's own log. `level` is the least that is written, `style` a key of `FORMATS`, `fd` where it goes."""
+    """The server's own log. `level` is the least that is written, `style` a key of `FORMATS`, `fd` where it goes.
+
+    relay: also called with (level, message, detail) of each record, from any thread; None: nobody.
+    """
+
+    relay: Callable[[str, str, str], None] | None = None
 
     def __init__(self, level: str = "info", style: str = "text", fd: int = _STDERR) -> None:
+        self.fd = fd
+        self.adopt(level, style)
+
+    def adopt(self, level: str, style: str) -> None:
+        """Go on with another level and style."""
         self._least = LEVELS[level]
-        self._format = FORMATS[style]
-        self._fd = fd
+        self._format = (_JOURNAL_FORMATS if is_journal(self.fd) else FORMATS)[style]
 
     def write(self, level: str, message: str, detail: str = "", **fields: Any) -> None:
         """Write one record. `fields` are machine-readable extras that the text form leaves out."""
         if LEVELS[level] >= self._least:
-            write_all(self._fd, self._format(time.time(), level, os.getpid(), message, detail, fields).encode())
+            write_all(self.fd, self._format(time.time(), level, os.getpid(), message, detail, fields).encode())
+            if self.relay is not None:
+                self.relay(level, message, detail)
 
     def debug(self, message: str, detail: str = "", **fields: Any) -> None:
         self.write("debug", message, detail, **fields)
@@ -115,94 +159,21 @@ def write_all(fd: int, data: bytes) -> None:
             return
 
 
-class AccessLog:
-    """One line a request, gathered during a turn of the loop and written at once after it.
-
-    Text is the Common Log Format with the duration in seconds behind it:
-    `127.0.0.1 - - [22/Nov/2026:09:00:00 +0000] "GET / HTTP/1.1" 200 13 0.000213`. Targets are visible ASCII (the strict
-    layer sees to it) and still percent-encoded, so quotes and backslashes are all that must be escaped.
-    """
-
-    def __init__(self, fd: int, style: str, loop: asyncio.AbstractEventLoop) -> None:
-        self._fd = fd
-        self._show = _show_target
-        self._line = self._json_line if style == "json" else self._text_line
-        self._loop = loop
-        self._lines: list[str] = []
-        self._size = 0
-        self._second = -1
-        self._stamp = ""
-
-    def write(self, exchange: Exchange, cut: bool = False) -> None:
-        """Note a finished exchange; `cut`: its response is incomplete."""
-        head = exchange.head
-        target = self._show(head.target)
-        client = exchange.client[0] if exchange.client else "-"
-        duration = time.perf_counter() - exchange.started_at
-        status = exchange.status or 499  # nginx's code for a client that left before it got an answer
-        self._add(self._line(client, head.method, target, head.version, status, exchange.sent, duration, cut))
-
-    def write_refusal(self, connection: Connection, status: int) -> None:
-        """Note a request that was refused before it could be understood."""
-        client = connection.client[0] if connection.client else "-"
-        self._add(self._line(client, "-", "-", "-", status, 0, 0.0, False))
-
-    def _add(self, line: str) -> None:
-        if not self._lines:
-            self._loop.call_soon(self.flush)
-        self._lines.append(line)
-        self._size += len(line)
-        if self._size > _FLUSH_SIZE:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._lines:
-            data = "".join(self._lines).encode("latin-1", "backslashreplace")
-            self._lines.clear()
-            self._size = 0
-            write_all(self._fd, data)
-
-    def _text_line(
-        self, client: str, method: str, target: str, version: str, status: int, sent: int, duration: float, cut: bool
-    ) -> str:
-        now = int(time.time())
-        if now != self._second:
-            self._second = now
-            self._stamp = time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(now))
-        if '"' in target or "\\" in target:
-            target = target.replace("\\", "\\x5c").replace('"', "\\x22")
-        tail = " cut\n" if cut else "\n"
-        request = f"{method} {target} HTTP/{version}" if method != "-" else "-"
-        return f'{client} - - [{self._stamp}] "{request}" {status} {sent} {duration:.6f}{tail}'
-
-    def _json_line(
-        self, client: str, method: str, target: str, version: str, status: int, sent: int, duration: float, cut: bool
-    ) -> str:
-        record = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "client": client,
-            "method": method,
-            "target": target,
-            "version": version,
-            "status": status,
-            "bytes": sent,
-            "duration": round(duration, 6),
-            "cut": cut,
-        }
-        return _json(record)
-
-
 # Names of descriptors that are there already. Opening them anew fails for a pipe of another user, and for a socket.
 _STANDARD = {"-": 1, "/dev/stdout": 1, "/dev/fd/1": 1, "/dev/stderr": 2, "/dev/fd/2": 2}
 
 
-def open_access_log(target: str, directory: str = "", follow: bool = True) -> int:
-    """The descriptor for an access log: `-` is standard output, anything else a file below `directory` to append to.
+def open_log(target: str, directory: str = "", follow: bool = True) -> int:
+    """A descriptor of its own for a log: `-` is standard output, anything else a file below `directory` to append to.
 
-    A new file is for its owner and group only, since query strings can hold secrets. follow: whether its name may be a
-    symbolic link. Raises OSError.
+    Of its own, so that an application that closes or redirects its standard output neither takes the log away nor gets
+    its lines into a file that has come to have the number. A new file is for its owner and group only, since query
+    strings can hold secrets. follow: whether its name may be a symbolic link. Raises OSError.
     """
     if target in _STANDARD:
-        return _STANDARD[target]
+        try:
+            return os.dup(_STANDARD[target])
+        except OSError:  # it was closed by whoever has started us: there is nobody to read
+            return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     return os.open(os.path.join(directory, target), flags, 0o640)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from apphost.checks import (
+    clean_access_log,
+    clean_access_log_format,
     clean_allowed_hosts,
     clean_app,
     clean_bind,
@@ -25,6 +27,7 @@ from apphost.checks import (
     clean_on_reload,
     clean_owner,
     clean_probe,
+    clean_request_id_header,
     clean_root_path,
     clean_trusted_proxies,
     usable_cpus,
@@ -247,12 +250,26 @@ class Settings:
     limit_ws_message: int = setting(2**24, _WS,
         "Largest message of a WebSocket, after inflation.", unit="bytes", low=1, high=2**31)
 
-    access_log: str = setting("", _LOGS, "One line for each request to this file; `-` is stdout.", metavar="FILE")
+    access_log: str = setting("", _LOGS,
+        "One line for each request to this file; `-` is stdout, `syslog:`, `syslog:/PATH` and `syslog:udp://HOST:PORT` "
+        "are syslog.", clean=clean_access_log, metavar="FILE")
+    access_log_format: str = setting("auto", _LOGS,
+        "`common`, `combined`, `json`, or a template such as `%(h)s %(r)s %(s)s`; `auto` is `json` where `log_format` "
+        "is, else `common` with the duration.", clean=clean_access_log_format, metavar="FORMAT")
+    error_log: str = setting("", _LOGS,
+        "apphost's own log to this file; empty is stderr.", reloadable=False, metavar="FILE")
     log_level: str = setting("info", _LOGS,
         "Least level that is logged.", choices=("debug", "info", "warning", "error"))
     log_format: str = setting("text", _LOGS, "Lines for people or for machines.", choices=("text", "json"))
     log_query: bool = setting(True, _LOGS,
         "Write query strings of requests into the logs; without, `?...` stands in their place.")
+    log_config: str = setting("", _LOGS,
+        "JSON or TOML file for `logging.config.dictConfig`, applied before the application is imported.",
+        metavar="FILE")
+    request_id_header: str = setting("", _LOGS,
+        "Header field for an id of each request, such as `X-Request-ID`: taken from trusted proxies, else made; it "
+        "goes to the application, the client and the access log. Empty is off.",
+        clean=clean_request_id_header, metavar="NAME")
 
     on_arbiter_start: str = setting("", _HOOKS,
         "Function to call at the start, in a process of its own, as `module:function`.",

@@ -161,7 +161,7 @@ def parse_file(text: str, path: str) -> Mapping[str, Any] | None:
     is_project = os.path.basename(path) == "pyproject.toml"
     if is_project and "apphost" not in text:  # most projects: do not spend time on the parser
         return None
-    loads = _toml_parser()
+    loads = toml_parser()
     if loads is None:
         if is_project and "[tool.apphost" not in text:
             return None
@@ -179,7 +179,7 @@ def parse_file(text: str, path: str) -> Mapping[str, Any] | None:
     return table
 
 
-def _toml_parser() -> Callable[[str], dict[str, Any]] | None:
+def toml_parser() -> Callable[[str], dict[str, Any]] | None:
     """`tomllib.loads`, or that of tomli before Python 3.11; None without either."""
     try:
         if sys.version_info >= (3, 11):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from apphost.access import FIELDS
 from apphost.arbiter import vocabulary as v
 from apphost.arbiter.arbiter import _SIGNALS
 from apphost.arbiter.control import _COMMANDS as REQUESTS
@@ -159,6 +160,14 @@ def test_the_security_history_names_its_tests() -> None:
         for file, test in found:
             assert re.search(rf"^def {test}\(", (ROOT / "tests" / file).read_text(encoding="utf-8"), re.MULTILINE), test
     assert {tag for tag in covered if not re.fullmatch(r"[A-Z]\d+", tag)} == named
+
+
+def test_fields_of_the_access_log() -> None:
+    """Each field has its row, with what else it is called, and none that is not there."""
+    told = [set(re.findall(r"`(\w+)`", name + also)) for name, also, _ in columns("fields", "logs.md")]
+    known = {name for name in FIELDS if " " not in name}
+    assert sum(map(len, told)) == len(known)
+    assert set().union(*told) == known
 
 
 def test_limits_and_deadlines() -> None:

@@ -70,7 +70,7 @@ def part(name: str) -> str:
 # What the files of a part may import of the other parts; a part that is not named here may import anything.
 _SHARED = {
     "checks", "messages", "lifecycle", "settings", "sources", "values", "cpu", "errors", "logs", "sockets", "bytecode",
-    "privileges", "peers", "endpoint", "hooks",
+    "privileges", "peers", "endpoint", "hooks", "access", "logfiles",
 }  # fmt: skip
 ALLOWED = {
     "arbiter": _SHARED | {"forkserver", "hookrunner"},
@@ -85,6 +85,8 @@ ALLOWED = {
     "lifecycle": set(),
     "errors": set(),
     "logs": set(),
+    "access": {"errors", "logs"},
+    "logfiles": {"access", "errors", "logs", "privileges", "settings"},
     "values": {"errors"},
     "sockets": {"errors"},
     "privileges": {"errors"},

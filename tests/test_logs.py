@@ -1,4 +1,4 @@
-"""The server's log and the access log: their lines, and that nothing a client or an application says can forge one."""
+"""The server's log: its lines, and that nothing a client or an application says can forge one."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apphost import logs
-from apphost.logs import LEVELS, AccessLog, Log, escape, format_json, format_text, open_access_log, write_all
+from apphost.logs import LEVELS, Log, escape, format_json, format_text, is_journal, open_log, write_all
 
 WHEN = 1_700_000_000.1239
 ANYTHING = st.text(st.characters(codec=None), max_size=60)  # lone surrogates as well
@@ -117,97 +114,87 @@ def test_write_all_goes_on_after_a_short_write(monkeypatch: pytest.MonkeyPatch) 
     assert b"".join(written) == b"0123456789"
 
 
-# ----------------------------------------------------------------------------------------------------------- access log
-
-
-class MadeLoop:
-    def __init__(self) -> None:
-        self.soon: list[Callable[[], None]] = []
-
-    def call_soon(self, callback: Callable[[], None]) -> None:
-        self.soon.append(callback)
-
-
-def exchange(target: bytes = b"/a?b", status: int = 200, client: tuple[str, int] | None = ("10.0.0.1", 1)) -> Any:
-    head = SimpleNamespace(method="GET", target=target, version="1.1")
-    return SimpleNamespace(head=head, client=client, status=status, sent=13, started_at=logs.time.perf_counter())
-
-
-@pytest.fixture
-def access(file: tuple[int, Callable[[], list[str]]]) -> Callable[..., Any]:
-    """`access(style)`: an access log, its loop, and the lines that it has written."""
-
-    def access(style: str = "text") -> tuple[AccessLog, MadeLoop, Callable[[], list[str]]]:
-        loop = MadeLoop()
-        return AccessLog(file[0], style, loop), loop, file[1]  # type: ignore[arg-type]
-
-    return access
-
-
-LINE = re.compile(
-    r'(\S+) - - \[\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\] "([^"]*)" (\d+) (\d+) \d\.\d{6}(.*)'
-)
-
-
-def test_access_in_the_common_format(access: Callable[..., Any]) -> None:
-    log, _, lines = access()
-    log.write(exchange())
-    log.write(exchange(status=0, client=None), cut=True)
-    log.write(exchange(b'/"x" \\"y'))
-    log.write_refusal(SimpleNamespace(client=("10.0.0.2", 2)), 400)
-    log.write_refusal(SimpleNamespace(client=None), 431)
-    log.flush()
-    found = [LINE.fullmatch(line) for line in lines()]
-    assert [match and match.groups() for match in found] == [
-        ("10.0.0.1", "GET /a?b HTTP/1.1", "200", "13", ""),
-        ("-", "GET /a?b HTTP/1.1", "499", "13", " cut"),
-        ("10.0.0.1", "GET /\\x22x\\x22 \\x5c\\x22y HTTP/1.1", "200", "13", ""),
-        ("10.0.0.2", "-", "400", "0", ""),
-        ("-", "-", "431", "0", ""),
-    ]
-
-
-def test_access_in_json(access: Callable[..., Any]) -> None:
-    log, _, lines = access("json")
-    log.write(exchange(b'/"x"'), cut=True)
-    log.flush()
-    record = json.loads(lines()[0])
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", record.pop("time"))
-    assert 0 <= record.pop("duration") < 60
-    assert record == {"client": "10.0.0.1", "method": "GET", "target": '/"x"', "version": "1.1", "status": 200,
-                      "bytes": 13, "cut": True}  # fmt: skip
-
-
-def test_access_is_written_once_a_turn(access: Callable[..., Any]) -> None:
-    log, loop, lines = access()
-    for _ in range(10):
-        log.write(exchange())
-    assert (len(loop.soon), lines()) == (1, [])
-    loop.soon.pop()()
-    assert len(lines()) == 10
-    log.flush()
-    assert len(lines()) == 10
-    log.write(exchange())
-    assert len(loop.soon) == 1
-
-
-def test_access_does_not_gather_without_bound(access: Callable[..., Any]) -> None:
-    log, loop, lines = access()
-    for _ in range(1000):
-        log.write(exchange(b"/" + b"x" * 1000))
-    assert len(lines()) > 900
-    assert len(loop.soon) > 0
-
-
-def test_open_access_log(tmp_path: Path) -> None:
-    """`-` is standard output; a file is appended to, and no child inherits it."""
-    assert open_access_log("-") == 1
+def test_open_log(tmp_path: Path) -> None:
+    """`-` is what standard output is, but not its number; a file is appended to, and no child inherits either."""
+    standard = open_log("-")
+    assert standard not in (0, 1, 2)
+    assert os.path.samestat(os.fstat(standard), os.fstat(1))
+    os.close(standard)
     path = tmp_path / "access"
     path.write_text("before\n")
-    fd = open_access_log(str(path))
+    fd = open_log("access", str(tmp_path))
     write_all(fd, b"after\n")
     assert not os.get_inheritable(fd)
     os.close(fd)
     assert path.read_text() == "before\nafter\n"
     with pytest.raises(IsADirectoryError):
-        open_access_log(str(tmp_path))
+        open_log(str(tmp_path))
+
+
+def test_the_mode_of_a_new_file(tmp_path: Path) -> None:
+    os.close(open_log("new", str(tmp_path)))
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o640 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def test_a_closed_standard_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then there is nobody to read; what has its number later is not written to."""
+
+    def dup(_fd: int) -> int:
+        raise OSError(9, "Bad file descriptor")
+
+    monkeypatch.setattr(os, "dup", dup)
+    fd = open_log("/dev/stderr")
+    assert os.path.samestat(os.fstat(fd), os.stat(os.devnull))
+    os.close(fd)
+
+
+def test_levels_and_styles_can_change(file: tuple[int, Callable[[], list[str]]]) -> None:
+    fd, lines = file
+    log = Log("error", "text", fd)
+    log.info("not said")
+    log.adopt("info", "json")
+    log.info("said")
+    assert [json.loads(line)["message"] for line in lines()] == ["said"]
+
+
+def test_relay(file: tuple[int, Callable[[], list[str]]]) -> None:
+    """It hears what is written, and nothing else."""
+    log = Log("warning", "text", file[0])
+    heard: list[tuple[str, str, str]] = []
+    log.relay = lambda *said: heard.append(said)
+    log.info("one")
+    log.write("error", "two", "detail")
+    assert heard == [("error", "two", "detail")]
+    assert len(file[1]()) == 2
+
+
+# ------------------------------------------------------------------------------------------------------------- journald
+
+
+def test_journal_stream(file: tuple[int, Callable[[], list[str]]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """sd-daemon(3): a priority in front of each line, in place of the time, but only on the stream that is meant."""
+    fd, lines = file
+    stat = os.fstat(fd)
+    monkeypatch.setenv("JOURNAL_STREAM", f"{stat.st_dev}:{stat.st_ino}")
+    log = Log("debug", "text", fd)
+    for level in LEVELS:
+        log.write(level, f"a {level}\nforged", "one\ntwo")
+    pid = os.getpid()
+    assert lines()[:3] == [f"<7>[{pid}] a debug\\nforged", "<7>    one", "<7>    two"]
+    assert [line[:3] for line in lines()[::3]] == ["<7>", "<6>", "<4>", "<3>"]
+    log.adopt("debug", "json")
+    log.error("last")
+    assert lines()[-1].startswith("<3>{")
+    assert json.loads(lines()[-1][3:])["message"] == "last"
+
+
+@pytest.mark.parametrize("stream", ["", "1:2", "nonsense", "0:0"])
+def test_what_is_no_journal_stream(file: tuple[int, Callable[[], list[str]]], stream: str) -> None:
+    assert not is_journal(file[0], {"JOURNAL_STREAM": stream})
+    assert not is_journal(99999, {"JOURNAL_STREAM": stream})

@@ -31,6 +31,7 @@ SAMPLES = {
     "root_path": ("/one", "/two"),
     "ready_probe": ("/one", "/two?x=1"),
     "umask": ("022", "027"),
+    "access_log_format": ("combined", "%(h)s %(status)s"),
     "unix_socket_mode": ("600", "660"),
     "tls_keyfile": ("one.key", "two.key"),
     "control": ("off", "/run/site/control"),
@@ -178,7 +179,7 @@ def test_defaults_without_any_source() -> None:
 def test_what_a_reload_cannot_change() -> None:
     fixed = {this.name for this in ALL if not this.reloadable}
     assert fixed == {"bind", "backlog", "pidfile", "control", "user", "group", "umask", "proc_name",
-                     "unix_socket_mode", "unix_socket_owner", "on_arbiter_start"}  # fmt: skip
+                     "unix_socket_mode", "unix_socket_owner", "on_arbiter_start", "error_log"}  # fmt: skip
     old = Settings()
     new = dataclasses.replace(old, backlog=100, workers=3, user="www")
     assert module.restart_needed(old, new) == ("backlog", "user")

@@ -250,7 +250,7 @@ class Arbiter:
         if new == self.settings or self.fleet.good != generation:
             return
         self.settings = new
-        self.log = self.hub.log = Log(new.log_level, new.log_format)
+        self.log.adopt(new.log_level, new.log_format)
 
     def _judge_canary(self) -> None:
         if self._canary is None or self.fleet.canary_until is None:

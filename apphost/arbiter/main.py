@@ -16,13 +16,15 @@ from apphost.arbiter.control import Control, open_control
 from apphost.arbiter.history import History
 from apphost.arbiter.hooks import ArbiterHooks
 from apphost.arbiter.pidfile import PidFile
+from apphost.arbiter.rotation import Rotation
 from apphost.arbiter.services import Happening, What
 from apphost.arbiter.state import StateError
 from apphost.arbiter.systemd import Manager, Notifier, NotifySocket
 from apphost.arbiter.upgrade import Upgrade, open_inherited, open_nothing, read_state, take_over
 from apphost.arbiter.vocabulary import Event, ReloadAsked, Tick
-from apphost.errors import ExitCode
-from apphost.logs import Log
+from apphost.errors import ApphostError, ExitCode
+from apphost.logfiles import open_own_log
+from apphost.logs import Log, open_log
 from apphost.privileges import find_group, find_user, parse_owner, resolve
 from apphost.settings import Settings
 from apphost.sockets import Access, Identity, Listener, describe, identify, open_listeners, parse_bind, unlink_own
@@ -32,11 +34,11 @@ from apphost.sources import Loaded, Source
 def run(loaded: Loaded, source: Source) -> int:
     """Serve until told to stop; the exit code. Raises `ApphostError` for what is in the way of starting."""
     settings = loaded.settings
-    log = Log(settings.log_level, settings.log_format)
     manager = Manager.take(os.environ, os.getpid())
     passed = Passed.take(os.environ, os.getpid())
     if settings.umask is not None:
         os.umask(settings.umask)
+    log = _open_log(settings, source)
     access = _access(settings)
     _set_title(settings.proc_name)
     pidfile = PidFile(settings.pidfile) if settings.pidfile else None
@@ -47,7 +49,7 @@ def run(loaded: Loaded, source: Source) -> int:
         _say_hello(loaded, listeners, log)
         passed.close_rest(log)
         arbiter = Arbiter(loaded, source, listeners, log)
-        return _run(arbiter, own, pidfile, control, History(time.monotonic()), manager)
+        return _run(arbiter, source, own, pidfile, control, History(time.monotonic()), manager)
     finally:
         _clean_up(own, pidfile)
 
@@ -68,7 +70,7 @@ def resume(word: str) -> int:
     os.close(fd)
     settings = state.settings
     source = Source.from_wire(state.source)
-    log = Log(settings.log_level, settings.log_format)
+    log = _open_log_again(settings, source)
     if trial:
         take_over(Arbiter(Loaded(settings, {}), source, [], log), state)
         return ExitCode.OK
@@ -90,13 +92,14 @@ def resume(word: str) -> int:
         # An arbiter that knew of no control sockets has handed over none.
         control = socket.socket(fileno=state.control) if state.control >= 0 else open_control(settings, own, log)
         history = History.from_wire(state.history, time.monotonic())
-        return _run(arbiter, own, pidfile, control, history, manager, ReloadAsked())
+        return _run(arbiter, source, own, pidfile, control, history, manager, ReloadAsked())
     finally:
         _clean_up(own, pidfile)
 
 
 def _run(
     arbiter: Arbiter,
+    source: Source,
     own: dict[str, Identity],
     pidfile: PidFile | None,
     listener: socket.socket | None,
@@ -109,6 +112,8 @@ def _run(
     control = Control(arbiter, listener, history) if listener is not None else None
     arbiter.upgrade = Upgrade(arbiter, own, locked, control, manager.environment)
     arbiter.services += [arbiter.upgrade] if control is None else [arbiter.upgrade, control]
+    if arbiter.settings.error_log:
+        arbiter.services.append(Rotation(arbiter.log, lambda: _open_log(arbiter.settings, source)))
     hooks = ArbiterHooks(arbiter)
     arbiter.services.append(hooks)
     resumed = isinstance(first, ReloadAsked)
@@ -121,6 +126,21 @@ def _run(
     code = arbiter.run(first)
     arbiter.log.info(f"stopped, exit {code}")
     return code
+
+
+def _open_log(settings: Settings, source: Source) -> Log:
+    """Raises `PrivilegesError`."""
+    return open_own_log(settings, os.path.join(source.cwd, settings.chdir), resolve(settings.user, settings.group))
+
+
+def _open_log_again(settings: Settings, source: Source) -> Log:
+    """As above, of an arbiter that must go on in any case: on standard error when the file cannot be opened."""
+    try:
+        return _open_log(settings, source)
+    except ApphostError as exc:
+        log = Log(settings.log_level, settings.log_format, open_log("/dev/stderr"))
+        log.error(f"{exc.message}; the log goes to standard error until the next reload")
+        return log
 
 
 def _clean_up(own: dict[str, Identity], pidfile: PidFile | None) -> None:

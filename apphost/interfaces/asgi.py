@@ -17,6 +17,8 @@ class AsgiInterface:
     name = "asgi"
     websockets = True
     lifespan = True
+    request_type = AsgiRequest
+    websocket_type = AsgiWebSocket
 
     def __init__(
         self,
@@ -38,4 +40,4 @@ class AsgiInterface:
         self.worker = worker
 
     def handle(self, stream: Stream) -> AsgiRequest:
-        return AsgiWebSocket(self, stream) if stream.head.upgrade else AsgiRequest(self, stream)
+        return self.websocket_type(self, stream) if stream.head.upgrade else self.request_type(self, stream)

@@ -53,6 +53,7 @@ class WsgiInterface:
 
     name = "wsgi"
     websockets = False
+    request_type: type[WsgiRequest]
 
     def __init__(
         self,
@@ -77,7 +78,7 @@ class WsgiInterface:
         self.uploads = Uploads(max(1, len(pool.threads) // 2))
 
     def handle(self, stream: Stream) -> WsgiRequest:
-        request = WsgiRequest(self, stream)
+        request = self.request_type(self, stream)
         self.active.add(request)
         request.body_arrived()
         return request
@@ -382,6 +383,9 @@ class WsgiRequest:
 
     def _say(self, what: str, detail: str = "") -> None:
         self.interface.log.error(f"{self.interface.worker}: the application {what}, in {self.describe()}", detail)
+
+
+WsgiInterface.request_type = WsgiRequest
 
 
 def no_bytes(block: object) -> TypeError:

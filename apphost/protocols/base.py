@@ -224,6 +224,9 @@ class Stream(ABC):
     def fail(self) -> None:
         """The application failed: answer 500 when the head is not on the wire yet, else cut the connection."""
 
+    def note_call(self) -> None:  # noqa: B027 - a stream need not know
+        """The application is called: for an access log that tells how long that took. From any thread."""
+
     def extensions(self) -> dict[str, dict[str, Any]]:
         """The ASGI extensions that work on this stream; a new dict each time."""
         return {}

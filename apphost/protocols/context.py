@@ -8,15 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from apphost.logs import AccessLog, Log
+from apphost.logs import Log
 from apphost.protocols.base import Handler, HeadParser, Interface
 from apphost.protocols.deadlines import Deadlines
 from apphost.protocols.response import ServerFields
 from apphost.protocols.strict import Limits
 
 if TYPE_CHECKING:
+    from apphost.access import AccessLog
     from apphost.protocols.http1 import Connection
     from apphost.protocols.proxies import HostList, ProxyRules
+    from apphost.protocols.request_ids import RequestIds
     from apphost.protocols.websocket import WebSocketOptions
     from apphost.protocols.wire import Wire
 
@@ -39,6 +41,7 @@ class Context:
     interface: to be set before the first connection is made.
     websockets: what holds for them; None where they are not served.
     proxies: which peers are believed, None: none. hosts: names that the Host field may have, None: any.
+    request_ids: of requests, None: they have none.
     draining: the worker wants to go; responses say `Connection: close` where the connection can never move.
     closing: they all say it.
     on_idle: called with each connection that has come to wait for a request (so that it can move), None: not wanted.
@@ -68,6 +71,7 @@ class Context:
         "on_socket",
         "parser",
         "proxies",
+        "request_ids",
         "requests",
         "requests_wanted",
         "server_fields",
@@ -92,6 +96,7 @@ class Context:
         websockets: WebSocketOptions | None = None,
         proxies: ProxyRules | None = None,
         hosts: HostList | None = None,
+        request_ids: RequestIds | None = None,
     ) -> None:
         self.loop = loop
         self.parser = parser
@@ -104,6 +109,7 @@ class Context:
         self.websockets = websockets
         self.proxies = proxies
         self.hosts = hosts
+        self.request_ids = request_ids
         self.deadlines: Deadlines[Wire] = Deadlines()
         self.connections: set[Connection] = set()
         self.active: set[Handler] = set()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import enum
+import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from apphost.protocols.base import Handler, RequestHead, ResponseError, Stream
+from apphost.protocols.base import Handler, Headers, RequestHead, ResponseError, Stream
 from apphost.protocols.body import BodyDecoder
 from apphost.protocols.response import Framing, ResponseHead, decide_framing, finish_head, wrong_length
 
@@ -60,6 +62,7 @@ class Exchange(Stream):
         "_remaining",
         "_response",
         "buffered",
+        "called_at",
         "client",
         "connection",
         "context",
@@ -77,6 +80,7 @@ class Exchange(Stream):
         "status",
     )
 
+    fields: tuple[tuple[bytes, bytes], ...] = ()  # of each response to it, also of the server's own
     handler: Handler
     _response: ResponseHead
     _framing: Framing
@@ -99,6 +103,9 @@ class Exchange(Stream):
         if decoder is not None:
             self._chunks: list[bytes] = []
             self.buffered = 0
+
+    def note_call(self) -> None:
+        self.called_at = time.perf_counter()
 
     # -- request body
 
@@ -276,6 +283,13 @@ class Exchange(Stream):
             return
         if out or data:
             connection.write(out + data if out else data)
+
+    def with_fields(self, headers: Iterable[tuple[bytes, bytes]]) -> Iterable[tuple[bytes, bytes]]:
+        """`headers` of an answer to the handshake of a WebSocket, with `fields`."""
+        return headers
+
+    def go_on(self, headers: Headers) -> None:
+        """It is a WebSocket that another worker has had, with these header fields of its request."""
 
     def become_websocket(self) -> None:
         """It has been answered with a WebSocket; nothing of the connection is its business any more."""

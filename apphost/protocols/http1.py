@@ -360,7 +360,7 @@ class Connection(Wire):
             self._cut(exchange)
         else:
             exchange.status = 500
-            self._answer(500, "the application failed", exchange.head.method)
+            self._answer(500, "the application failed", exchange.head.method, exchange.fields)
         self.context.errors += 1
         self._account(exchange, cut=started)
 

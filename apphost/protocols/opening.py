@@ -62,6 +62,7 @@ class Opening:
             # One that may move agrees to no window that it would have to take along.
             stays = self.policy is Policy.CLOSE
             deflate, extension = negotiate(self._handshake.offers, options.message, stays)
+        headers = exchange.with_fields(headers)
         response = accept_response(self._handshake, subprotocol, headers, extension, exchange.context.server_fields)
         websocket = WebSocket(exchange.connection, options, deflate, self, subprotocol)
         websocket.handler = handler
@@ -100,6 +101,7 @@ def restore_websocket(connection: Connection, socket: Socket) -> WebSocket:
     examine(head, "allow")
     head.upgrade = True
     exchange = connection.exchange_type(connection, head, None)
+    exchange.go_on(socket.headers)
     exchange.keep_alive = False
     exchange.opening = opening = Opening(exchange, Handshake(b"", socket.offered, []))
     opening.state = socket.state

@@ -13,6 +13,7 @@ from apphost.protocols.context import Context
 from apphost.protocols.exchange import Exchange
 from apphost.protocols.http1 import Connection
 from apphost.protocols.proxies import DEFAULT_PORTS, Told, split_host
+from apphost.protocols.request_ids import identified
 from apphost.protocols.tls import TlsConnection, TlsExchange
 
 NOBODY = ""  # a peer that cannot be trusted, whatever the list says
@@ -138,7 +139,10 @@ def new_connection(
     if capsule is not None:
         peer = peer_of(capsule)
     believed = context.proxies is not None and context.proxies.believes(peer)
-    return _KINDS[believed, context.hosts is not None, secure](context, capsule)
+    kind = _KINDS[believed, context.hosts is not None, secure]
+    if context.request_ids is not None:
+        kind = identified(kind, believed)
+    return kind(context, capsule)
 
 
 def peer_of(capsule: Capsule) -> str | None:

@@ -10,7 +10,7 @@ import signal
 import time
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apphost.errors import ApphostError, ExitCode, user_traceback
 from apphost.logs import Log, hide_queries
@@ -21,6 +21,10 @@ from apphost.worker.certificates import Certificates
 from apphost.worker.hooks import Hooks
 from apphost.worker.loading import choose_loop, choose_parser, detect_interface, load_application, modern_asgi
 from apphost.worker.server import Server
+
+if TYPE_CHECKING:
+    from apphost.access import Sink
+    from apphost.worker.logconfig import LogConfig
 
 DETAIL_MAX = 65536  # characters of a traceback that travel to the arbiter: a recursion error's is longer than useful
 
@@ -35,9 +39,9 @@ _NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGTTIN
 class Assignment:
     """What a worker is told at its fork.
 
-    dump: the descriptor of the file for its last words. access_log: that of the access log, None without one.
+    dump: the descriptor of the file for its last words. access_log: where that goes, None for nowhere.
     app: the application, if the fork server has imported it. certificates: for TLS, read before the fork server has
-    given its privileges up.
+    given its privileges up. log_config: of `logging`, to be applied before the application is imported.
     """
 
     wid: int
@@ -45,9 +49,11 @@ class Assignment:
     settings: Settings
     listeners: list[Listener]
     dump: int
-    access_log: int | None = None
+    log: Log
+    access_log: Sink | None = None
     app: Any = None
     certificates: Certificates | None = None
+    log_config: LogConfig | None = None
 
     @property
     def name(self) -> str:
@@ -57,7 +63,7 @@ class Assignment:
 def run(assignment: Assignment, channel: Channel) -> int:
     """Boot, serve, drain. Returns the exit code; what went wrong has been told to the arbiter."""
     settings = assignment.settings
-    log = Log(settings.log_level, settings.log_format)
+    log = assignment.log
     hide_queries(not settings.log_query)
     server: list[Server] = []
     _prepare_signals()
@@ -96,6 +102,8 @@ def _run(assignment: Assignment, channel: Channel, log: Log, server: list[Server
 def _load(assignment: Assignment) -> tuple[Any, str]:
     """The application and the name of its interface."""
     settings = assignment.settings
+    if assignment.log_config is not None:
+        assignment.log_config.apply(assignment.log)
     app = assignment.app
     if not settings.preload:
         app = load_application(settings.app, settings.factory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
 import socket
 import time
@@ -11,18 +12,21 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from apphost.access import AccessLog, Origin, compile_format, needs_queue, resolve
 from apphost.interfaces.admission import Admission
 from apphost.interfaces.lifespan import Lifespan
 from apphost.interfaces.mounts import Mounts
 from apphost.interfaces.threads import ThreadPool
+from apphost.interfaces.timing import timed
 from apphost.lifecycle import State, allowed
-from apphost.logs import AccessLog, Log
+from apphost.logs import Log
 from apphost.messages import Channel, Message, ProtocolError
 from apphost.peers import take_channels
 from apphost.protocols import masking
 from apphost.protocols.base import HeadParser, Interface
 from apphost.protocols.context import Context, Timeouts
 from apphost.protocols.proxies import HostList, ProxyRules, TrustList
+from apphost.protocols.request_ids import RequestIds
 from apphost.protocols.response import ServerFields
 from apphost.protocols.strict import Limits
 from apphost.protocols.websocket import WebSocketOptions, read_on_reload
@@ -104,7 +108,21 @@ class Server:
             underscores=settings.underscore_headers,
             proxies=self._proxy_rules(),
             hosts=None if "*" in settings.allowed_hosts else HostList(settings.allowed_hosts),
+            request_ids=self._request_ids(),
         )
+
+    def _make_access_log(self) -> AccessLog | None:
+        """To the file of the setting, and where `log_config` has its logger, there."""
+        assignment = self.assignment
+        relay = assignment.log_config.access if assignment.log_config is not None else None
+        sinks = [sink for sink in (assignment.access_log, relay) if sink is not None]
+        if not sinks:
+            return None
+        origin = Origin(assignment.wid, assignment.generation, os.getpid())
+        return AccessLog(sinks, compile_format(self._access_log_format(), origin), self.loop)
+
+    def _access_log_format(self) -> str:
+        return resolve(self.settings.access_log_format, self.settings.log_format)
 
     def _make_tls(self) -> Tls | None:
         certificates = self.assignment.certificates
@@ -116,6 +134,10 @@ class Server:
         if not trusted:
             return None
         return ProxyRules(trusted, settings.forwarded_headers, settings.forwarded_fields, settings.proxy_protocol)
+
+    def _request_ids(self) -> RequestIds | None:
+        name = self.settings.request_id_header
+        return RequestIds(name, self.settings.underscore_headers == "allow") if name else None
 
     def _websocket_options(self) -> WebSocketOptions | None:
         settings = self.settings
@@ -137,8 +159,7 @@ class Server:
         """Start the application, tell the arbiter, serve until drained. Raises `ApphostError` when it cannot."""
         self.loop.add_reader(self.channel.fileno(), self._orders)
         self.loop.add_signal_handler(signal.SIGTERM, self._stray_term)
-        if self.assignment.access_log is not None:
-            self.context.access_log = AccessLog(self.assignment.access_log, self.settings.log_format, self.loop)
+        self.context.access_log = self._make_access_log()
         lifespan = await self._start_application(app, interface)
         self._limit_requests()
         self.context.websockets = self._websocket_options()
@@ -161,6 +182,8 @@ class Server:
         settings = self.settings
         options: dict[str, Any] = {"worker": self.assignment.name}
         factory = load_plugin("apphost.interfaces", name)
+        if self.context.access_log is not None and needs_queue(self._access_log_format()):
+            factory = timed(factory)
         if name == "wsgi":
             self.pool = ThreadPool(self.loop, settings.threads, "wsgi")
             options |= {"multithread": settings.threads > 1, "multiprocess": settings.workers > 1}
