@@ -95,3 +95,11 @@ def clean_on_reload(entries: tuple[str, ...]) -> tuple[str, ...]:
         if policy not in words or (equals and pattern[:1] not in ("/", "*")):
             raise ValueError(f"expected one of {', '.join(words)}, alone or behind a path, as in '/chat/*=rejoin'")
     return entries
+
+
+def clean_patterns(entries: tuple[str, ...]) -> tuple[str, ...]:
+    """Names with `*`, `?` and `[...]`, as a shell knows them."""
+    for entry in entries:
+        if not entry.strip() or "/" in entry:
+            raise ValueError("expected names such as *.toml or migrations, without a directory")
+    return entries

@@ -5,8 +5,9 @@ that moment, however long the arbiter has been running. It reads the settings (t
 broken file), prepares what all workers share, and forks a worker whenever the arbiter asks for one. It runs no
 application code itself, unless `preload` has it import the application.
 
-Messages from the arbiter: `config` (once, first), `spawn` with two descriptors, `stop_listening`. To the arbiter:
-`settings` or `failed`, then `forked` and `exited`. When the arbiter is gone, workers notice by themselves; this
+Messages from the arbiter: `config` (once, first, but for a `prepare` where this process is started before its
+generation is asked for), `spawn` with two descriptors, `stop_listening`. To the arbiter: `settings` or `failed`, then
+`forked` and `exited`. When the arbiter is gone, workers notice by themselves; this
 one waits for them, kills those that do not end in time, and goes.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import errno
 import faulthandler
 import gc
+import importlib
 import os
 import select
 import signal
@@ -180,7 +182,9 @@ class ForkServer:
                 self._channel.send({"t": "exited", "wid": wid, "status": os.waitstatus_to_exitcode(status)})
 
     def _obey(self, message: Message, fds: list[int]) -> tuple[Assignment, Channel] | None:
-        if message["t"] == "config":
+        if message["t"] == "prepare":
+            _preimport(str(message["http"]), str(message["loop"]))
+        elif message["t"] == "config":
             self._configure(message)
         elif message["t"] == "spawn":
             return self._spawn(int(message["wid"]), fds)
@@ -196,7 +200,8 @@ class ForkServer:
             )
         source = Source.from_wire(message["source"])
         self._generation = int(message["generation"])
-        loaded = source.load(os.environ).settings
+        failure = message.get("failure")  # of the generation before: this one has nothing to do but to show it
+        loaded = source.load(os.environ).settings if failure is None else _settings_to_show(message)
         # A file that has lost its `user` by now must not make root of the workers: that is fixed at the start.
         running = Settings.from_wire(message["running"]) if "running" in message else loaded
         self._settings = settings = keep_fixed(running, loaded)
@@ -218,7 +223,7 @@ class ForkServer:
             _see_whether_watched(settings, self._certificates)
         sys.path[:0] = [os.path.join(directory, path) for path in (*settings.pythonpath, "")]
         distrust_stale_bytecode()
-        self._app = _prepare_workers(settings)
+        self._app = _prepare_workers(settings) if failure is None else _error_page(settings, failure)
         ignored = restart_needed(running, loaded)
         self._channel.send({"t": "settings", "settings": settings.to_wire(), "ignored": ignored})
 
@@ -313,14 +318,37 @@ def _prepare_workers(settings: Settings) -> Any:
 
     With `preload` that includes the application, which is returned. Raises `ApplicationError`.
     """
-    from apphost.worker.loading import load_application, preimport
+    from apphost.worker.loading import load_application
 
-    preimport(settings.http, settings.loop)
+    _preimport(settings.http, settings.loop)
+    importlib.invalidate_caches()  # this process may be older than what it is to import
     _set_title(settings.proc_name)
     app = load_application(settings.app, settings.factory) if settings.preload else None
     gc.collect()
     gc.freeze()
     return app
+
+
+def _preimport(http: str, loop: str) -> None:
+    from apphost.worker.loading import preimport
+
+    preimport(http, loop)
+
+
+def _settings_to_show(message: Message) -> Settings:
+    """The settings of a generation that shows a failure: those that run, since new ones may be what has failed."""
+    from apphost.worker.error_page import settings_for
+
+    return settings_for(Settings.from_wire(message["running"]))
+
+
+def _error_page(settings: Settings, failure: Message) -> Any:
+    """The application of such a generation, in place of the user's."""
+    from apphost.worker.error_page import ErrorPage
+
+    _preimport(settings.http, settings.loop)
+    _set_title(settings.proc_name)
+    return ErrorPage(str(failure["message"]), str(failure["detail"]), int(failure["generation"]))
 
 
 def _set_title(name: str) -> None:

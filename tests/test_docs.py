@@ -43,7 +43,7 @@ FOREIGN = {
         "--no-deps", "--no-cache-dir",
         "--host", "--port", "--uds", "--fd", "--timeout-worker-healthcheck", "--timeout-graceful-shutdown",
         "--timeout-keep-alive", "--access-logfile", "--certfile", "--keyfile", "--forwarded-allow-ips",
-        "--ssl-certfile", "--ssl-keyfile", "--proxy-headers", "--reload", "--ws-max-size",
+        "--ssl-certfile", "--ssl-keyfile", "--proxy-headers", "--ws-max-size",
     },
     "deploy.md": {"--no-deps", "--no-cache-dir"},
     "architecture.md": {"--cases", "--jobs", "--seed", "--case"},

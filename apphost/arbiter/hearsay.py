@@ -51,6 +51,9 @@ _NEEDED: Mapping[str, Mapping[str, Check]] = {
     "settings": {"settings": _settings},
     "forked": {"wid": _count, "pid": _count},
     "exited": {"wid": _count, "status": _status},
+    "watching": {"how": _text, "files": _count},
+    "changed": {"paths": _names, "count": _count},
+    "note": {"text": _text},
 }
 _OPTIONAL: Mapping[str, Check] = {"errors": _count, "code": _status, "wid": _count, "ignored": _names}
 

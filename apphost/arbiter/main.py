@@ -88,6 +88,10 @@ def _run(
     locked = (pidfile.path, pidfile.fileno()) if pidfile is not None else None
     arbiter.upgrade = Upgrade(arbiter, own, locked)
     arbiter.services.append(arbiter.upgrade)
+    if arbiter.settings.reload:
+        from apphost.arbiter.development import Development  # a server in production need not carry it
+
+        arbiter.services.append(Development(arbiter))
     code = arbiter.run(first)
     arbiter.log.info(f"stopped, exit {code}")
     return code

@@ -83,40 +83,54 @@ class WorkerProcess:
         kill(self.pid, number)
 
 
-def start_fork_server(generation: int, source: Source, listeners: list[Listener], running: Settings) -> ForkServer:
-    """Start a fresh interpreter as the fork server of `generation` and send it its configuration.
+def start_fork_server(source: Source, listeners: list[Listener]) -> ForkServer:
+    """Start a fresh interpreter as a fork server. It waits for its generation and `configure_fork_server`."""
+    fds = [listener.fileno() for listener in listeners]
+    pid, channel, dump = start_process(COMMAND, source.cwd, fds)
+    return ForkServer(0, pid, channel, dump)
 
-    It reads the settings anew, but for those that need a restart: they stay as they are in `running`.
+
+def configure_fork_server(
+    server: ForkServer, source: Source, listeners: list[Listener], running: Settings, extra: Message
+) -> None:
+    """Have it read the settings anew, but for those that need a restart: they stay as they are in `running`."""
+    fds = [listener.fileno() for listener in listeners]
+    plain = [listener.fileno() for listener in listeners if listener.plain]
+    config = {"protocol": PROTOCOL_VERSION, "generation": server.generation, "source": source.to_wire()}
+    server.channel.send(
+        {"t": "config", **config, "listeners": fds, "plain": plain, "running": running.to_wire(), **extra}
+    )
+
+
+def start_process(command: str, cwd: str, fds: list[int]) -> tuple[int, Channel, int]:
+    """A fresh interpreter that runs `command` with the descriptors of its channel and of the file for its last words.
+
+    It keeps `fds`. Returns its pid, our end of the channel, and the descriptor of that file.
     """
     ours, theirs = socket.socketpair()
     dump = make_dump_file()
-    fds = [listener.fileno() for listener in listeners]
     # Blocked until the new program has handlers: nothing that is sent meanwhile is lost, and nothing kills it.
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         pid = os.fork()
         if pid == 0:
-            _become_fork_server(source.cwd, theirs.fileno(), dump, fds)
+            _become(command, cwd, theirs.fileno(), dump, fds)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
     theirs.close()
-    channel = Channel(ours)
-    plain = [listener.fileno() for listener in listeners if listener.plain]
-    config = {"protocol": PROTOCOL_VERSION, "generation": generation, "source": source.to_wire(), "listeners": fds}
-    channel.send({"t": "config", **config, "plain": plain, "running": running.to_wire()})
-    return ForkServer(generation, pid, channel, dump)
+    return pid, Channel(ours), dump
 
 
-def _become_fork_server(cwd: str, channel: int, dump: int, listeners: list[int]) -> None:
+def _become(command: str, cwd: str, channel: int, dump: int, fds: list[int]) -> None:
     """In the child: replace this program. By the names that the user gave, so switched symlinks lead to new code."""
     try:
         try:
             os.chdir(cwd)
         except OSError:
-            pass  # the fork server finds the words for it
-        for fd in (channel, dump, *listeners):
+            pass  # the new program finds the words for it
+        for fd in (channel, dump, *fds):
             os.set_inheritable(fd, True)
-        os.execv(sys.executable, [sys.executable, "-c", COMMAND, str(channel), str(dump)])  # noqa: S606
+        os.execv(sys.executable, [sys.executable, "-c", command, str(channel), str(dump)])  # noqa: S606
     except BaseException as exc:
         os.write(2, f"apphost: cannot start {sys.executable}: {exc}\n".encode())
     finally:

@@ -41,7 +41,9 @@ class Happening:
 
 
 class Service(Protocol):
-    deadline: float | None  # monotonic time at which `expire` is to be called; None: not at all
+    @property
+    def deadline(self) -> float | None:
+        """The monotonic time at which `expire` is to be called; None: not at all."""
 
     def expire(self, now: float) -> None:
         """`deadline` has come; it must be moved, or cleared."""
