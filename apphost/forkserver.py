@@ -183,7 +183,7 @@ class ForkServer:
 
     def _obey(self, message: Message, fds: list[int]) -> tuple[Assignment, Channel] | None:
         if message["t"] == "prepare":
-            _preimport(str(message["http"]), str(message["loop"]))
+            _preimport(str(message["http"]), str(message["loop"]), ahead=True)
         elif message["t"] == "config":
             self._configure(message)
         elif message["t"] == "spawn":
@@ -329,10 +329,10 @@ def _prepare_workers(settings: Settings) -> Any:
     return app
 
 
-def _preimport(http: str, loop: str) -> None:
+def _preimport(http: str, loop: str, ahead: bool = False) -> None:
     from apphost.worker.loading import preimport
 
-    preimport(http, loop)
+    preimport(http, loop, ahead)
 
 
 def _settings_to_show(message: Message) -> Settings:
