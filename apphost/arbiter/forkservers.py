@@ -68,10 +68,12 @@ class ForkServers:
         if self.spare is None:
             self.spare = self._start()
             self.spare.channel.send({"t": "prepare", "http": settings.http, "loop": settings.loop})
+            self._hub.log.debug(f"a fork server is started in advance, pid {self.spare.pid}")
 
     def dismiss_spare(self) -> None:
+        """At once, as it may be in the middle of its imports: it has nothing to finish."""
         if self.spare is not None:
-            self.lose(self.spare)
+            self._drop(self.spare)
 
     def _start(self) -> ForkServer:
         server = start_fork_server(self._source, self._listeners)
@@ -96,7 +98,7 @@ class ForkServers:
             self._of_worker(server, message)
 
     def _drop(self, server: ForkServer) -> None:
-        """Its channel has ended, but not by us: it is dead, or it has said what no fork server says."""
+        """It is dead, or it has said what no fork server says, or it is not wanted any more."""
         kill(server.pid, signal.SIGKILL)
         self.lose(server)
 

@@ -108,7 +108,7 @@ def check(loaded: Loaded, source: Source) -> int:
     """Load the application as a worker would, in a process of its own; 0 when it could serve, else what `run` gives."""
     _access(loaded.settings)
     log = Log("error", loaded.settings.log_format)
-    alone = Loaded(dataclasses.replace(loaded.settings, workers=1), loaded.origins)
+    alone = Loaded(dataclasses.replace(loaded.settings, workers=1, reload=False), loaded.origins)
     arbiter = Arbiter(alone, source, [], log)
     arbiter.services.append(_Check(loaded.settings.app))
     return arbiter.run()

@@ -93,10 +93,7 @@ class Tree:
         return [path for path in directories if path not in ignored]
 
     def _enter(self, directory: str) -> bool:
-        if directory in self.directories:
-            return False  # below two of the roots
-        if len(self.files) + len(self.directories) >= MOST:
-            self.full = True
+        if directory in self.directories or self._is_full():  # the former: it is below two of the roots
             return False
         identity = _identity(directory)
         if identity is not None:
@@ -115,9 +112,15 @@ class Tree:
         return {path for path in paths if self._verdicts[path]}
 
     def _note(self, path: str) -> None:
+        if self._is_full():
+            return
         stamp = _stamp(path)
         if stamp is not None:
             self.files[path] = stamp
+
+    def _is_full(self) -> bool:
+        self.full = self.full or len(self.files) + len(self.directories) >= MOST
+        return self.full
 
     def _find_excludes(self) -> dict[str, Stamp]:
         places = {*self.directories, *(above for root in self._roots for above in _above(root))}

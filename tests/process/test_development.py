@@ -293,6 +293,30 @@ def test_an_upgrade_starts_a_new_watcher(tmp_path: Path) -> None:
         assert server.stop() == 0
 
 
+def test_a_fork_server_in_advance_that_dies_is_not_missed(tmp_path: Path) -> None:
+    save(tmp_path, "one")
+    with development(tmp_path, "--log-level", "debug") as server:
+        watching(server)
+        spare = int(server.wait_line(r"a fork server is started in advance, pid (\d+)")[1])
+        os.kill(spare, signal.SIGKILL)
+        wait_for(lambda: not alive(spare))
+        mark = server.mark()
+        save(tmp_path, "two")
+        becomes(server, "two")
+        spare = int(server.wait_line(r"a fork server is started in advance, pid (\d+)", after=mark)[1])
+        save(tmp_path, "three")
+        server.wait_line(rf"fork server of generation 3 started, pid {spare}$")
+        becomes(server, "three")
+        assert server.stop() == 0
+
+
+def test_a_check_of_broken_code_fails_in_development_too(tmp_path: Path) -> None:
+    write_app(tmp_path, "app", "1 / 0\n")
+    with Server("check", "app:app", "--reload", bind=None, cwd=tmp_path, until=None) as server:
+        assert server.wait_exit() == 3
+        assert server.log.count("ZeroDivisionError: division by zero") == 1
+
+
 def test_without_reload_nobody_watches(tmp_path: Path) -> None:
     save(tmp_path, "one")
     with Server("app:app", "--reload-on-error", "page", cwd=tmp_path) as server:
