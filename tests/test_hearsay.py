@@ -36,6 +36,9 @@ HONEST: list[Message] = [
     {"t": "settings", "settings": {}, "ignored": ["user"]},
     {"t": "forked", "wid": 1, "pid": 4711},
     {"t": "exited", "wid": 1, "status": -9},
+    {"t": "watching", "how": "polling", "files": 12},
+    {"t": "changed", "paths": ["/srv/app.py"], "count": 3},
+    {"t": "note", "text": "files are polled"},
     {"t": "of a later version", "whatever": [1, 2]},
 ]
 JUNK = [None, True, -1, 2**54, 1.5, float("nan"), float("inf"), -1e400, "text", [], [1], {}, {"a": 1}]

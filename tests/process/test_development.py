@@ -213,8 +213,8 @@ def test_ctrl_c_ends_at_once_whatever_is_open(tmp_path: Path) -> None:
         os.killpg(server.pid, signal.SIGINT)
         assert server.wait_exit() == 0
         assert time.monotonic() - started < 5.0, "the default of a server in production is 8 s"
-        seconds = [float(each) for each in re.findall(r"gone: exit 0 after ([\d.]+) s", server.log)]
-        assert len(seconds) == 1
+        assert "cut 1 requests short at the end of its drain: " in server.log
+        assert re.search(r"gone: exit 0 after ", server.log), "it was not killed"
 
 
 def test_a_second_ctrl_c_kills(tmp_path: Path) -> None:
@@ -317,6 +317,7 @@ def test_a_check_of_broken_code_fails_in_development_too(tmp_path: Path) -> None
         assert server.log.count("ZeroDivisionError: division by zero") == 1
 
 
+@linux_proc
 def test_without_reload_nobody_watches(tmp_path: Path) -> None:
     save(tmp_path, "one")
     with Server("app:app", "--reload-on-error", "page", cwd=tmp_path) as server:
