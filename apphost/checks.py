@@ -144,3 +144,11 @@ def clean_request_id_header(name: str) -> str:
     if name.lower() in _NO_ID:
         raise ValueError("expected a header field of its own, such as X-Request-ID")
     return name
+
+
+def clean_patterns(entries: tuple[str, ...]) -> tuple[str, ...]:
+    """Names with `*`, `?` and `[...]`, as a shell knows them."""
+    for entry in entries:
+        if not entry.strip() or "/" in entry:
+            raise ValueError("expected names such as *.toml or migrations, without a directory")
+    return entries

@@ -5,8 +5,9 @@ that moment, however long the arbiter has been running. It reads the settings (t
 broken file), prepares what all workers share, and forks a worker whenever the arbiter asks for one. It runs no
 application code itself, unless `preload` has it import the application.
 
-Messages from the arbiter: `config` (once, first), `spawn` with two descriptors, `stop_listening`. To the arbiter:
-`settings` or `failed`, then `forked` and `exited`. When the arbiter is gone, workers notice by themselves; this
+Messages from the arbiter: `config` (once, first, but for a `prepare` where this process is started before its
+generation is asked for), `spawn` with two descriptors, `stop_listening`. To the arbiter: `settings` or `failed`, then
+`forked` and `exited`. When the arbiter is gone, workers notice by themselves; this
 one waits for them, kills those that do not end in time, and goes.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import importlib
 import os
 import select
 import signal
@@ -185,7 +187,9 @@ class ForkServer:
                 self._channel.send({"t": "exited", "wid": wid, "status": os.waitstatus_to_exitcode(status)})
 
     def _obey(self, message: Message, fds: list[int]) -> tuple[Assignment, Channel] | None:
-        if message["t"] == "config":
+        if message["t"] == "prepare":
+            _preimport(str(message["http"]), str(message["loop"]), ahead=True)
+        elif message["t"] == "config":
             self._configure(message)
         elif message["t"] == "spawn":
             return self._spawn(int(message["wid"]), fds)
@@ -201,7 +205,8 @@ class ForkServer:
             )
         source = Source.from_wire(message["source"])
         self._generation = int(message["generation"])
-        loaded = source.load(os.environ).settings
+        failure = message.get("failure")  # of the generation before: this one has nothing to do but to show it
+        loaded = source.load(os.environ).settings if failure is None else _settings_to_show(message)
         # A file that has lost its `user` by now must not make root of the workers: that is fixed at the start.
         running = Settings.from_wire(message["running"]) if "running" in message else loaded
         self._settings = settings = keep_fixed(running, loaded)
@@ -213,7 +218,10 @@ class ForkServer:
         if self._certificates is not None:
             _see_whether_watched(settings, self._certificates, self._log)
         self._log_config = _read_log_config(settings, directory)
-        self._app = _prepare_workers(settings, self._log_config, self._log)
+        if failure is None:
+            self._app = _prepare_workers(settings, self._log_config, self._log)
+        else:
+            self._app = _error_page(settings, failure)
         ignored = restart_needed(running, loaded)
         self._channel.send({"t": "settings", "settings": settings.to_wire(), "ignored": ignored})
 
@@ -331,9 +339,10 @@ def _prepare_workers(settings: Settings, log_config: LogConfig | None, log: Log)
 
     With `preload` that includes the application, which is returned. Raises `ApphostError`.
     """
-    from apphost.worker.loading import load_application, preimport
+    from apphost.worker.loading import load_application
 
-    preimport(settings.http, settings.loop)
+    _preimport(settings.http, settings.loop)
+    importlib.invalidate_caches()  # this process may be older than what it is to import
     _set_title(settings.proc_name)
     app = None
     if settings.preload:
@@ -343,6 +352,28 @@ def _prepare_workers(settings: Settings, log_config: LogConfig | None, log: Log)
     gc.collect()
     gc.freeze()
     return app
+
+
+def _preimport(http: str, loop: str, ahead: bool = False) -> None:
+    from apphost.worker.loading import preimport
+
+    preimport(http, loop, ahead)
+
+
+def _settings_to_show(message: Message) -> Settings:
+    """The settings of a generation that shows a failure: those that run, since new ones may be what has failed."""
+    from apphost.worker.error_page import settings_for
+
+    return settings_for(Settings.from_wire(message["running"]))
+
+
+def _error_page(settings: Settings, failure: Message) -> Any:
+    """The application of such a generation, in place of the user's."""
+    from apphost.worker.error_page import ErrorPage
+
+    _preimport(settings.http, settings.loop)
+    _set_title(settings.proc_name)
+    return ErrorPage(str(failure["message"]), str(failure["detail"]), int(failure["generation"]))
 
 
 def _set_title(name: str) -> None:

@@ -26,6 +26,7 @@ from apphost.checks import (
     clean_hook,
     clean_on_reload,
     clean_owner,
+    clean_patterns,
     clean_probe,
     clean_request_id_header,
     clean_root_path,
@@ -50,7 +51,7 @@ def setting(default: T, heading: str, does: str, **about: Any) -> T:
     return result
 
 
-_MAIN, _APP, _PROCESS = "Main settings", "Application", "Process"
+_MAIN, _APP, _DEVELOPMENT, _PROCESS = "Main settings", "Application", "Development", "Process"
 _TIME, _RECYCLE, _LIMITS, _HTTP, _TLS, _PROXIES, _WS, _LOGS, _HOOKS = (
     "Timeouts", "Recycling of workers", "Limits", "HTTP", "TLS", "Proxies", "WebSockets", "Logs", "Hooks"
 )  # fmt: skip
@@ -94,6 +95,25 @@ class Settings:
         clean=clean_probe, metavar="PATH")
     pythonpath: tuple[str, ...] = setting((), _APP,
         f"Directories put in front of `sys.path`, separated by `{os.pathsep}`.", separator=os.pathsep, metavar="DIRS")
+
+    reload: bool = setting(False, _DEVELOPMENT,
+        "For development: reload when a file of the application is saved. Changes some defaults, see the guide.",
+        reloadable=False)
+    reload_on_error: str = setting("page", _DEVELOPMENT,
+        "What is served while new code cannot be started: a `page` that says why, or what the last good code answers "
+        "(`keep`).", choices=("page", "keep"))
+    reload_dir: tuple[str, ...] = setting((), _DEVELOPMENT,
+        "Directories to watch instead of the application's and those of `pythonpath`; can be repeated.",
+        separator=os.pathsep, metavar="DIR")
+    reload_include: tuple[str, ...] = setting((), _DEVELOPMENT,
+        "Names of files to watch besides `*.py` and the settings file, as in `*.toml`; can be repeated.",
+        separator=",", clean=clean_patterns, metavar="PATTERN")
+    reload_exclude: tuple[str, ...] = setting((), _DEVELOPMENT,
+        "Names of files and directories not to watch, besides what git ignores, as in `migrations`; can be repeated.",
+        separator=",", clean=clean_patterns, metavar="PATTERN")
+    reload_engine: str = setting("auto", _DEVELOPMENT,
+        "How to watch; `auto` takes watchfiles when it is installed, else it polls. Poll where the system tells of no "
+        "changes, as on some network and container mounts.", choices=("auto", "watchfiles", "polling"))
 
     pidfile: str = setting("", _PROCESS, "File for the pid of the arbiter.", reloadable=False, metavar="FILE")
     control: str = setting("auto", _PROCESS,
@@ -302,6 +322,14 @@ class Settings:
         values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in known}
         return cls(**values)
 
+
+# Other defaults with `reload`, for the terminal of one who saves, looks and presses Ctrl-C. What is set counts as ever.
+DEVELOPMENT_DEFAULTS: Mapping[str, Any] = {
+    "timeout": 0.0,  # a breakpoint blocks the loop for as long as somebody thinks
+    "graceful_timeout": 1.0,  # an open stream of old code is not what is wanted after a save
+    "stop_timeout": 1.2,  # requests get 0.2 s, and 1 s is left to the lifespan (`fleet.KILL_GRACE`)
+    "access_log": "-",
+}
 
 SETTINGS: Mapping[str, Setting] = {
     field.name: Setting(

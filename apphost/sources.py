@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from apphost.errors import SettingsError, nearest
-from apphost.settings import CONFIG_VARIABLE, ENV_PREFIX, SETTINGS, Settings
+from apphost.settings import CONFIG_VARIABLE, DEVELOPMENT_DEFAULTS, ENV_PREFIX, SETTINGS, Settings
 from apphost.values import Setting
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Settings and their origins: `default`, `command line`, `environment PORT`, `file /srv/apphost.toml`."""
+    """Settings and their origins: `default`, `command line`, `environment PORT`, `file /srv/apphost.toml`, and
+    `default with reload` where development mode has a default of its own."""
 
     settings: Settings
     origins: Mapping[str, str]
@@ -45,6 +46,11 @@ class Source:
 
     def load(self, environ: Mapping[str, str]) -> Loaded:
         return load(self.cli, environ, self.config, self.cwd)
+
+    def files(self, environ: Mapping[str, str]) -> tuple[str, ...]:
+        """Where the settings file is or, unless it is named, may be."""
+        named = self.config or environ.get(CONFIG_VARIABLE)
+        return (os.path.join(self.cwd, named),) if named else candidates(self.cli, environ, self.cwd)
 
     def to_wire(self) -> dict[str, Any]:
         return {"cli": dict(self.cli), "config": self.config, "cwd": self.cwd}
@@ -212,6 +218,10 @@ def resolve(
                 values[name], origins[name] = _convert(this, given), given.origin
             elif given.typed:
                 _convert(this, given)
+    if values["reload"]:
+        for name, value in DEVELOPMENT_DEFAULTS.items():
+            if origins[name] == "default":
+                values[name], origins[name] = value, "default with reload"
     for first, second, holds, rule in _RELATIONS:
         if not holds(values[first], values[second]):
             told = (f"{name} = {values[name]!r} ({origins[name]})" for name in (first, second))

@@ -19,7 +19,7 @@ from apphost.arbiter.control import _COMMANDS as REQUESTS
 from apphost.cli import program
 from apphost.errors import ExitCode
 from apphost.operate.commands import COMMANDS
-from apphost.settings import BEGIN, CONFIG_VARIABLE, ENV_PREFIX, SETTINGS
+from apphost.settings import BEGIN, CONFIG_VARIABLE, DEVELOPMENT_DEFAULTS, ENV_PREFIX, SETTINGS
 from apphost.sources import parse_file, resolve
 from tests.corpus import load_all
 
@@ -46,7 +46,7 @@ FOREIGN = {
         "--no-deps", "--no-cache-dir",
         "--host", "--port", "--uds", "--fd", "--timeout-worker-healthcheck", "--timeout-graceful-shutdown",
         "--timeout-keep-alive", "--access-logfile", "--certfile", "--keyfile", "--forwarded-allow-ips",
-        "--ssl-certfile", "--ssl-keyfile", "--proxy-headers", "--reload", "--ws-max-size",
+        "--ssl-certfile", "--ssl-keyfile", "--proxy-headers", "--ws-max-size",
     },
     "deploy.md": {"--no-deps", "--no-cache-dir", "--fdname"},
     "architecture.md": {"--cases", "--jobs", "--seed", "--case"},
@@ -100,6 +100,12 @@ def test_exit_codes() -> None:
     table = rows(between(README, "exit-codes"))
     assert [(code, name) for code, name, _ in table] == [(str(int(code)), f"`{code.name}`") for code in ExitCode]
     assert all(len(when) > 10 for _, _, when in table)
+
+
+def test_development_defaults() -> None:
+    table = rows(between((ROOT / "docs" / "development.md").read_text(encoding="utf-8"), "development"))
+    shown = {name: SETTINGS[name].show(value) for name, value in DEVELOPMENT_DEFAULTS.items()}
+    assert {name.strip("`"): value.strip("`") for name, value, _ in table} == shown
 
 
 def test_signals() -> None:

@@ -216,6 +216,103 @@ def test_a_reload_during_a_first_start_that_fails_is_one_more_chance() -> None:
     story.expect(Halt(ExitCode.APPLICATION))
 
 
+# -------------------------------------------------------------------------------------------------------- stand-ins
+
+
+def test_where_a_stand_in_is_wanted_a_first_start_that_fails_does_not_end_the_fleet() -> None:
+    story = Story(stand_in=True)
+    story.start()
+    story.expect(Spawn(1, 1))
+    story.gone(1)
+    story.expect(GenerationGivenUp(1, 0, stand_in=2), Spawn(2, 2))
+    story.ready(2)
+    story.expect(GenerationComplete(2))
+    story.reload()
+    story.expect(Spawn(3, 3))
+    story.gone(3)
+    story.expect(GenerationGivenUp(3, 2, stand_in=4), Spawn(4, 4))
+    story.ready(4)
+    story.expect(Drain(2, 30.0, Reason.RELOAD, (4,)), GenerationComplete(4))
+    story.gone(2)
+    story.expect()
+    story.reload()
+    story.expect(Spawn(5, 5))
+    story.ready(5)
+    story.expect(Drain(4, 30.0, Reason.RELOAD, (5,)), GenerationComplete(5))
+
+
+def test_a_stand_in_takes_the_place_of_good_code_or_not() -> None:
+    for keep_good in (False, True):
+        story = Story.serving(stand_in=True, keep_good=keep_good)
+        story.reload()
+        story.expect(Spawn(2, 2))
+        story.gone(2)
+        if keep_good:
+            story.expect(GenerationGivenUp(2, keeping=1))
+            assert story.fleet.target == 1
+        else:
+            story.expect(GenerationGivenUp(2, keeping=1, stand_in=3), Spawn(3, 3))
+            story.ready(3)
+            story.expect(Drain(1, 30.0, Reason.RELOAD, (3,)), GenerationComplete(3))
+
+
+def test_where_good_code_is_kept_a_stand_in_is_none() -> None:
+    """What it shows must be the latest failure."""
+    story = Story(stand_in=True, keep_good=True)
+    story.start()
+    story.expect(Spawn(1, 1))
+    story.gone(1)
+    story.expect(GenerationGivenUp(1, 0, stand_in=2), Spawn(2, 2))
+    story.ready(2)
+    story.expect(GenerationComplete(2))
+    story.reload()
+    story.expect(Spawn(3, 3))
+    story.gone(3)
+    story.expect(GenerationGivenUp(3, 2, stand_in=4), Spawn(4, 4))
+
+
+def test_a_stand_in_that_fails_has_none_itself() -> None:
+    story = Story.serving(stand_in=True)
+    story.reload()
+    story.expect(Spawn(2, 2))
+    story.gone(2)
+    story.expect(GenerationGivenUp(2, keeping=1, stand_in=3), Spawn(3, 3))
+    story.gone(3)
+    story.expect(GenerationGivenUp(3, keeping=1))
+    first = Story(stand_in=True)
+    first.start()
+    first.expect(Spawn(1, 1))
+    first.gone(1)
+    first.expect(GenerationGivenUp(1, 0, stand_in=2), Spawn(2, 2))
+    first.gone(2)
+    first.expect(Halt(ExitCode.APPLICATION))
+
+
+def test_a_save_while_new_code_boots_comes_before_a_stand_in() -> None:
+    story = Story.serving(stand_in=True)
+    story.reload()
+    story.expect(Spawn(2, 2))
+    story.reload()
+    story.gone(2)
+    story.expect(GenerationGivenUp(2, keeping=1), Spawn(3, 3))
+    story.gone(3)
+    story.expect(GenerationGivenUp(3, keeping=1, stand_in=4), Spawn(4, 4))
+    story.reload()
+    story.expect()
+    story.ready(4)
+    story.expect(Drain(1, 30.0, Reason.RELOAD, (4,)), Spawn(5, 5))
+
+
+def test_a_stop_is_not_put_off_for_a_stand_in() -> None:
+    story = Story(stand_in=True, shutdown_delay=5.0)
+    story.start()
+    story.expect(Spawn(1, 1))
+    story.stop()
+    story.expect()
+    story.gone(1)
+    story.expect(Halt(ExitCode.OK))
+
+
 # ----------------------------------------------------------------------------------------------------------- reload
 
 

@@ -64,6 +64,8 @@ configs = st.builds(
     stop_timeout=st.sampled_from([0.0, 0.1, 8.0, 100.0]),
     shutdown_delay=st.sampled_from([0.0, 0.0, 1.0, 20.0]),
     canary=st.sampled_from([0.0, 1.0, 10.0, 60.0]),
+    stand_in=st.booleans(),
+    keep_good=st.booleans(),
 )
 durations = st.sampled_from([0.0, 0.05, 0.1, 0.25, 1.0, 4.9, 5.0, 10.0, 31.0, 100.0]) | st.floats(0, 50)
 picks = st.integers(0, 20)
@@ -96,6 +98,7 @@ class World(RuleBasedStateMachine):
         self.last_wid = 0
         self.proven: set[int] = set()
         self.given_up: set[int] = set()
+        self.stand_ins: set[int] = set()
         self.completed: list[int] = []
         self.probation: Probation | None = None
         self.stop_due: float | None = None  # when the stop that was asked for begins
@@ -197,8 +200,14 @@ class World(RuleBasedStateMachine):
                 self.check_successors(wid, successors)
             case Dump(wid, _) | Kill(wid, _):
                 assert wid in self.processes
-            case GenerationGivenUp(generation, keeping):
+            case GenerationGivenUp(generation, keeping, stand_in):
                 assert generation not in self.proven | self.given_up
+                if stand_in:
+                    assert fleet.config.stand_in
+                    assert stand_in == fleet.target == fleet.stand_in == generation + 1
+                    assert generation not in self.stand_ins, "what shows a failure has none shown"
+                    assert keeping in {0, *self.stand_ins} or not fleet.config.keep_good
+                    self.stand_ins.add(stand_in)
                 assert keeping == fleet.good
                 assert fleet.target != generation
                 self.given_up.add(generation)

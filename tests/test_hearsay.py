@@ -39,6 +39,9 @@ HONEST: list[Message] = [
     {"t": "beat", "requests": 2, "connections": 3, "active": 1, "oldest": [1.5, "GET /"]},
     {"t": "answer", "id": 3, "connections": []},
     {"t": "code", "facts": {"hash": "0123456789ab", "files": 3, "directory": "/srv", "commit": "abc"}},
+    {"t": "watching", "how": "polling", "files": 12},
+    {"t": "changed", "paths": ["/srv/app.py"], "count": 3},
+    {"t": "note", "text": "files are polled"},
     {"t": "of a later version", "whatever": [1, 2]},
 ]
 JUNK = [None, True, -1, 2**54, 1.5, float("nan"), float("inf"), -1e400, "text", [], [1], {}, {"a": 1}]

@@ -75,6 +75,7 @@ _SHARED = {
 ALLOWED = {
     "arbiter": _SHARED | {"forkserver", "hookrunner"},
     "worker": _SHARED | {"protocols", "interfaces"},
+    "watcher": {"errors", "messages", "peers", "privileges"},
     "interfaces": {"errors", "logs", "protocols", "values", "lifecycle"},
     "protocols": {"errors", "logs", "values", "lifecycle"},
     "forkserver": _SHARED | {"worker"},

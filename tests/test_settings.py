@@ -131,7 +131,7 @@ def test_each_source_sets_each_setting(this: Setting, source: str) -> None:
     assert getattr(loaded.settings, this.name) == value
     assert value != this.default
     assert loaded.origins[this.name] == origin
-    others = {name for name, text in loaded.origins.items() if text != "default"}
+    others = {name for name, text in loaded.origins.items() if text not in ("default", "default with reload")}
     assert others - set(COMPANIONS.get(this.name, ())) == {this.name}
 
 
@@ -178,7 +178,7 @@ def test_defaults_without_any_source() -> None:
 
 def test_what_a_reload_cannot_change() -> None:
     fixed = {this.name for this in ALL if not this.reloadable}
-    assert fixed == {"bind", "backlog", "pidfile", "control", "user", "group", "umask", "proc_name",
+    assert fixed == {"bind", "backlog", "pidfile", "control", "user", "group", "umask", "proc_name", "reload",
                      "unix_socket_mode", "unix_socket_owner", "on_arbiter_start", "error_log"}  # fmt: skip
     old = Settings()
     new = dataclasses.replace(old, backlog=100, workers=3, user="www")
@@ -186,6 +186,24 @@ def test_what_a_reload_cannot_change() -> None:
     assert module.restart_needed(old, old) == ()
     assert module.keep_fixed(old, new) == dataclasses.replace(old, workers=3)
     assert module.keep_fixed(new, old) == dataclasses.replace(new, workers=1)
+
+
+def test_development_has_other_defaults_and_what_is_set_counts_as_ever() -> None:
+    loaded = resolve({"reload": True}, {"APPHOST_STOP_TIMEOUT": "5"}, {"timeout": 7}, FILE)
+    changed = {name: value for name, value in loaded.origins.items() if value == "default with reload"}
+    assert set(changed) == {"graceful_timeout", "access_log"}
+    assert (loaded.settings.timeout, loaded.settings.stop_timeout) == (7.0, 5.0)
+    assert (loaded.settings.graceful_timeout, loaded.settings.access_log) == (1.0, "-")
+    plain = resolve({}, {"APPHOST_RELOAD": "no"}).settings
+    assert all(getattr(plain, name) == SETTINGS[name].default for name in module.DEVELOPMENT_DEFAULTS)
+    for name, value in module.DEVELOPMENT_DEFAULTS.items():
+        assert SETTINGS[name].fits(value), name
+
+
+@pytest.mark.parametrize("bad", ["src/*.toml", " ", "/tmp"])
+def test_patterns_are_names(bad: str) -> None:
+    with pytest.raises(SettingsError, match="without a directory"):
+        resolve({"reload_include": [bad]}, {})
 
 
 # Meanings

@@ -160,7 +160,7 @@ times = st.floats(0, 1e9)
 maybe = st.none() | times
 fleet_configs = st.builds(
     Config, size=st.integers(1, 9), boot_timeout=times, timeout=times, graceful_timeout=times, stop_timeout=times,
-    shutdown_delay=times, canary=times,
+    shutdown_delay=times, canary=times, stand_in=st.booleans(), keep_good=st.booleans(),
 )  # fmt: skip
 fleet_workers = st.builds(
     Worker, wid=st.integers(1, 10**9), generation=st.integers(1, 9), born=times, state=st.sampled_from(State),
@@ -170,6 +170,7 @@ fleet_workers = st.builds(
 fleets = st.builds(
     Fleet, config=fleet_configs, size=st.integers(1, 9), target=st.integers(1, 9), good=st.integers(0, 9),
     newest=st.integers(1, 9), complete=st.integers(0, 9), again=st.booleans(), target_since=times, canary_until=maybe,
+    stand_in=st.integers(0, 9),
     canary_config=st.none() | fleet_configs, stop_at=maybe, stopping=st.booleans(), stop_deadline=times,
     exit_code=st.sampled_from(ExitCode), halted=st.booleans(), crashes=st.integers(0, 99), not_before=maybe,
     next_wid=st.integers(1, 10**9),

@@ -441,7 +441,7 @@ class Arbiter:
 
     def _given_up(self, action: v.GenerationGivenUp) -> None:
         failure = self._failures.get(action.generation)
-        report = reports.given_up(action.generation, action.keeping, failure)
+        report = reports.given_up(action, failure)
         # What is said later of this one, by a worker that must be killed, is not the reason of the next.
         self._failures = {number: known for number, known in self._failures.items() if number > action.generation}
         self._say(report, generation=action.generation, keeping=action.keeping)

@@ -10,7 +10,8 @@ the target.
 
 Vocabulary: a generation is *proven* once one of its workers was ready, or with `canary`, where there is proven code to
 fall back to, once that worker has served on probation. The *target* is the generation asked for last; `good` is the
-newest proven one. A target that fails before it is proven is given up; the target falls back to `good`.
+newest proven one. A target that fails before it is proven is given up; the target falls back to `good`, or moves on
+to a *stand-in*, a generation that shows why (development).
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ class Fleet:
     newest: int = 1  # highest generation number handed out
     complete: int = 0  # generation that GenerationComplete was said of last
     again: bool = False  # a reload came while the target was unproven
+    stand_in: int = 0  # the newest generation that only shows why the one before it was given up
     target_since: float = 0.0
     canary_until: float | None = None  # while the first worker of the target serves on probation
     canary_config: Config | None = None  # the settings that count once it has passed
@@ -483,6 +485,11 @@ def _give_up(fleet: Fleet, generation: int, now: float) -> list[Action]:
     if fleet.again:
         _new_target(fleet, now)
         return [*actions, GenerationGivenUp(generation, fleet.good)]
+    shows = fleet.good in (0, fleet.stand_in) or not fleet.config.keep_good
+    if fleet.config.stand_in and shows and generation != fleet.stand_in and fleet.stop_at is None:
+        _new_target(fleet, now)
+        fleet.stand_in = fleet.target
+        return [*actions, GenerationGivenUp(generation, fleet.good, fleet.stand_in)]
     if fleet.good:
         fleet.target = fleet.good
         return [*actions, GenerationGivenUp(generation, fleet.good)]

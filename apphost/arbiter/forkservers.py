@@ -7,7 +7,14 @@ import signal
 from collections.abc import Callable, Collection, Iterable
 
 from apphost.arbiter.hub import Hub
-from apphost.arbiter.processes import Failure, ForkServer, kill, read_last_words, start_fork_server
+from apphost.arbiter.processes import (
+    Failure,
+    ForkServer,
+    configure_fork_server,
+    kill,
+    read_last_words,
+    start_fork_server,
+)
 from apphost.messages import Message
 from apphost.settings import Settings
 from apphost.sockets import Listener
@@ -28,6 +35,8 @@ class ForkServers:
         self._of_worker = of_worker
         self.running: dict[int, ForkServer] = {}
         self.leaving: list[ForkServer] = []  # their channels have ended, their exits are not known yet
+        self.spare: ForkServer | None = None  # started in advance, of no generation yet
+        self.extras: Callable[[int], Message] = lambda generation: {}  # what the configuration of one has besides
 
     def get(self, generation: int) -> ForkServer | None:
         return self.running.get(generation)
@@ -38,19 +47,45 @@ class ForkServers:
         return server.settings if server is not None else None
 
     def by_pid(self, pid: int) -> ForkServer | None:
-        return next((server for server in (*self.running.values(), *self.leaving) if server.pid == pid), None)
+        return next((server for server in self._all() if server.pid == pid), None)
 
     def provide(self, generation: int, settings: Settings) -> ForkServer:
         """The one of this generation, started if there is none. `settings`: those of the arbiter. Raises `OSError`."""
         server = self.running.get(generation)
         if server is None:
-            server = start_fork_server(generation, self._source, self._listeners, settings)
-            self.adopt(server)
+            server, self.spare = self.spare or self._start(), None
+            server.generation = generation
+            self.running[generation] = server
+            configure_fork_server(server, self._source, self._listeners, settings, self.extras(generation))
             self._hub.log.debug(f"fork server of generation {generation} started, pid {server.pid}")
         return server
 
+    def prepare(self, settings: Settings) -> None:
+        """Start the fork server of the next generation in advance, so that the next one is ready sooner.
+
+        It has imported our own modules when it is wanted, and reads settings and code only then. Raises `OSError`.
+        """
+        if self.spare is None:
+            self.spare = self._start()
+            self.spare.channel.send({"t": "prepare", "http": settings.http, "loop": settings.loop})
+            self._hub.log.debug(f"a fork server is started in advance, pid {self.spare.pid}")
+
+    def dismiss_spare(self) -> None:
+        """At once, as it may be in the middle of its imports: it has nothing to finish."""
+        if self.spare is not None:
+            self._drop(self.spare)
+
+    def _start(self) -> ForkServer:
+        server = start_fork_server(self._source, self._listeners)
+        self._listen(server)
+        return server
+
     def adopt(self, server: ForkServer) -> None:
+        """One that the program before this one has started."""
         self.running[server.generation] = server
+        self._listen(server)
+
+    def _listen(self, server: ForkServer) -> None:
         self._hub.listen(server.channel, lambda message: self._hear(server, message), lambda: self._drop(server))
 
     def _hear(self, server: ForkServer, message: Message) -> None:
@@ -63,7 +98,7 @@ class ForkServers:
             self._of_worker(server, message)
 
     def _drop(self, server: ForkServer) -> None:
-        """Its channel has ended, but not by us: it is dead, or it has said what no fork server says."""
+        """It is dead, or it has said what no fork server says, or it is not wanted any more."""
         kill(server.pid, signal.SIGKILL)
         self.lose(server)
 
@@ -71,6 +106,8 @@ class ForkServers:
         """It gets no more orders; its exit is reaped in a moment."""
         if self.running.get(server.generation) is server:
             del self.running[server.generation]
+        if self.spare is server:
+            self.spare = None
         self._hub.forget(server.channel)
         self.leaving.append(server)
 
@@ -95,4 +132,7 @@ class ForkServers:
             self._hub.send(server.channel, message)
 
     def pids(self) -> Iterable[int]:
-        return [server.pid for server in (*self.running.values(), *self.leaving)]
+        return [server.pid for server in self._all()]
+
+    def _all(self) -> list[ForkServer]:
+        return [*self.running.values(), *self.leaving, *([self.spare] if self.spare is not None else [])]

@@ -61,6 +61,9 @@ _NEEDED: Mapping[str, Mapping[str, Check]] = {
     "exited": {"wid": _count, "status": _status},
     "answer": {"id": _count},
     "code": {"facts": _facts},
+    "watching": {"how": _text, "files": _count},
+    "changed": {"paths": _names, "count": _count},
+    "note": {"text": _text},
 }
 _OPTIONAL: Mapping[str, Check] = {
     "errors": _count,

@@ -123,6 +123,10 @@ def _run(
         notifier = Notifier(arbiter, manager.watchdog, NotifySocket(manager.address, arbiter.log).send)
         arbiter.services.append(notifier)
         notifier.begin(resumed)
+    if arbiter.settings.reload:
+        from apphost.arbiter.development import Development  # a server in production need not carry it
+
+        arbiter.services.append(Development(arbiter))
     code = arbiter.run(first)
     arbiter.log.info(f"stopped, exit {code}")
     return code
@@ -155,7 +159,7 @@ def check(loaded: Loaded, source: Source) -> int:
     _access(loaded.settings)
     log = Log("error", loaded.settings.log_format)
     Manager.take(os.environ, os.getpid())  # a unit may check before it starts; what is checked is not the service
-    alone = Loaded(dataclasses.replace(loaded.settings, workers=1), loaded.origins)
+    alone = Loaded(dataclasses.replace(loaded.settings, workers=1, reload=False), loaded.origins)
     arbiter = Arbiter(alone, source, [], log)
     arbiter.services.append(_Check(loaded.settings.app))
     return arbiter.run()

@@ -106,21 +106,35 @@ class WorkerProcess:
         kill(self.pid, number)
 
 
-def start_fork_server(generation: int, source: Source, listeners: list[Listener], running: Settings) -> ForkServer:
-    """Start a fresh interpreter as the fork server of `generation` and send it its configuration.
+def start_fork_server(source: Source, listeners: list[Listener]) -> ForkServer:
+    """Start a fresh interpreter as a fork server. It waits for its generation and `configure_fork_server`."""
+    fds = [listener.fileno() for listener in listeners]
+    pid, channel, dump = start_process(COMMAND, source.cwd, fds)
+    return ForkServer(0, pid, channel, dump)
 
-    It reads the settings anew, but for those that need a restart: they stay as they are in `running`.
+
+def configure_fork_server(
+    server: ForkServer, source: Source, listeners: list[Listener], running: Settings, extra: Message
+) -> None:
+    """Have it read the settings anew, but for those that need a restart: they stay as they are in `running`."""
+    fds = [listener.fileno() for listener in listeners]
+    plain = [listener.fileno() for listener in listeners if listener.plain]
+    config = {"protocol": PROTOCOL_VERSION, "generation": server.generation, "source": source.to_wire()}
+    server.channel.send(
+        {"t": "config", **config, "listeners": fds, "plain": plain, "running": running.to_wire(), **extra}
+    )
+
+
+def start_process(command: str, cwd: str, fds: list[int]) -> tuple[int, Channel, int]:
+    """A fresh interpreter that runs `command` with the descriptors of its channel and of the file for its last words.
+
+    It keeps `fds`. Returns its pid, our end of the channel, and the descriptor of that file.
     """
     ours, theirs = socket.socketpair()
     dump = make_dump_file()
-    fds = [listener.fileno() for listener in listeners]
-    pid = spawn_python(source.cwd, COMMAND, [theirs.fileno(), dump], fds)
+    pid = spawn_python(cwd, command, [theirs.fileno(), dump], fds)
     theirs.close()
-    channel = Channel(ours)
-    plain = [listener.fileno() for listener in listeners if listener.plain]
-    config = {"protocol": PROTOCOL_VERSION, "generation": generation, "source": source.to_wire(), "listeners": fds}
-    channel.send({"t": "config", **config, "plain": plain, "running": running.to_wire()})
-    return ForkServer(generation, pid, channel, dump)
+    return pid, Channel(ours), dump
 
 
 def spawn_python(

@@ -6,7 +6,7 @@ import signal
 from typing import Any, NamedTuple
 
 from apphost.arbiter.processes import Failure, WorkerProcess
-from apphost.arbiter.vocabulary import Config, Reason
+from apphost.arbiter.vocabulary import Config, GenerationGivenUp, Reason
 from apphost.errors import ExitCode
 from apphost.settings import Settings
 
@@ -73,14 +73,15 @@ def complete(generation: int, settings: Settings, size: int, seconds: float) -> 
     )
 
 
-def given_up(generation: int, keeping: int, failure: Failure | None) -> Report:
+def given_up(action: GenerationGivenUp, failure: Failure | None) -> Report:
     why = failure.message.removesuffix(".") if failure else "it could not boot"
-    what_now = (
-        f"Generation {keeping} keeps serving; mend the new code or settings and reload again"
-        if keeping
-        else "The reload that was asked for meanwhile is tried"
-    )
-    return Report("error", f"generation {generation} given up: {why}. {what_now}")
+    if action.stand_in:
+        what_now = "An error page is served until it is mended"
+    elif action.keeping:
+        what_now = f"Generation {action.keeping} keeps serving; mend the new code or settings and reload again"
+    else:
+        what_now = "The reload that was asked for meanwhile is tried"
+    return Report("error", f"generation {action.generation} given up: {why}. {what_now}")
 
 
 def fleet_config(settings: Settings) -> Config:
@@ -90,6 +91,8 @@ def fleet_config(settings: Settings) -> Config:
         timeout=settings.timeout,
         graceful_timeout=settings.graceful_timeout,
         stop_timeout=settings.stop_timeout,
-        shutdown_delay=settings.shutdown_delay,
-        canary=settings.canary,
+        shutdown_delay=0.0 if settings.reload else settings.shutdown_delay,
+        canary=0.0 if settings.reload else settings.canary,
+        stand_in=settings.reload,
+        keep_good=settings.reload_on_error == "keep",
     )

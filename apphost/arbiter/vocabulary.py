@@ -39,6 +39,8 @@ class Config:
     stop_timeout: float = 8.0
     shutdown_delay: float = 0.0  # between the order to stop and the stop
     canary: float = 0.0  # for which the first worker of new code serves alone of its kind; 0: it need not
+    stand_in: bool = False  # where a target is given up, a generation that only shows why takes its place
+    keep_good: bool = False  # but not where good code can go on
 
 
 # ---------------------------------------------------------------------------------------------------------- events
@@ -176,10 +178,11 @@ class GenerationComplete:
 
 @dataclass(frozen=True, slots=True)
 class GenerationGivenUp:
-    """This generation was not proven; `keeping` goes on serving."""
+    """This generation was not proven; `keeping` goes on serving, until `stand_in` is ready, if there is one (not 0)."""
 
     generation: int
     keeping: int
+    stand_in: int = 0
 
 
 @dataclass(frozen=True, slots=True)
