@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.process.browser import browser
 from tests.support import RawClient, Response, Server, alive, descendants, processes, wait_for, write_app
 
 ENGINES = ("watchfiles", "polling")
@@ -155,6 +156,27 @@ def test_a_broken_save_shows_its_reason_until_it_is_mended(tmp_path: Path) -> No
         becomes(server, "mended")
         head = client.request("HEAD", "/")
         assert (head.status, head.header(b"x-apphost-error")) == (200, None), "so an open page loads itself anew"
+        assert server.stop() == 0
+
+
+def test_an_open_page_follows_the_code(tmp_path: Path) -> None:
+    """In a real browser, nobody touching it: from one failure to the next, and to the mended application."""
+    write_app(tmp_path, "app", "raise ValueError('first <b>')\n")
+    with development(tmp_path) as server, browser() as session:
+        page = session.open(server.url)
+
+        def shows(words: str) -> bool:
+            try:
+                return words in page.text("body")
+            except AssertionError:  # it is being loaded
+                return False
+
+        wait_for(lambda: shows("ValueError: first <b>"))
+        write_app(tmp_path, "app", "raise ValueError('second')\n")
+        wait_for(lambda: shows("ValueError: second"))
+        save(tmp_path, "all is well")
+        wait_for(lambda: shows("all is well"))
+        assert not shows("ValueError")
         assert server.stop() == 0
 
 
