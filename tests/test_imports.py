@@ -70,16 +70,18 @@ def part(name: str) -> str:
 # What the files of a part may import of the other parts; a part that is not named here may import anything.
 _SHARED = {
     "checks", "messages", "lifecycle", "settings", "sources", "values", "cpu", "errors", "logs", "sockets", "bytecode",
-    "privileges", "peers", "endpoint",
+    "privileges", "peers", "endpoint", "measures",
 }  # fmt: skip
 ALLOWED = {
     "arbiter": _SHARED | {"forkserver"},
+    "admin": {"errors", "logs", "measures", "messages", "peers", "privileges", "protocols", "sockets", "worker"},
     "worker": _SHARED | {"protocols", "interfaces"},
     "interfaces": {"errors", "logs", "protocols", "values", "lifecycle"},
     "protocols": {"errors", "logs", "values", "lifecycle"},
     "forkserver": _SHARED | {"worker"},
     "operate": {"endpoint", "errors", "logs", "settings", "values"},
     "messages": set(),
+    "measures": set(),
     "lifecycle": set(),
     "errors": set(),
     "logs": set(),
@@ -152,7 +154,7 @@ def test_importing_the_arbiter_loads_nothing_foreign() -> None:
     assert "apphost.arbiter.arbiter" in modules
     assert not {name.partition(".")[0] for name in modules} & set(FOREIGN)
     assert not {name for name in modules if name.startswith(("apphost.worker", "apphost.protocols"))}
-    assert not {name for name in modules if name.startswith(("apphost.interfaces", "apphost.operate"))}
+    assert not {name for name in modules if name.startswith(("apphost.interfaces", "apphost.operate", "apphost.admin"))}
     # The same look at a worker's modules finds them: it is able to.
     assert {"asyncio", "h11"} <= loaded_by("import apphost.worker.main, apphost.protocols.h11_parser")
 

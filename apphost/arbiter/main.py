@@ -10,9 +10,10 @@ import socket
 import time
 
 import apphost
+from apphost.arbiter.admin import Admin, open_admin
 from apphost.arbiter.arbiter import Arbiter
 from apphost.arbiter.control import Control, open_control
-from apphost.arbiter.history import History
+from apphost.arbiter.history import Historian, History
 from apphost.arbiter.pidfile import PidFile
 from apphost.arbiter.services import Happening, What
 from apphost.arbiter.state import StateError
@@ -40,7 +41,9 @@ def run(loaded: Loaded, source: Source) -> int:
         listeners = _listen(settings, access, own)
         control = open_control(settings, own, log)
         _say_hello(loaded, listeners, log)
-        return _run(Arbiter(loaded, source, listeners, log), own, pidfile, control, History(time.monotonic()))
+        admin = open_admin(settings, access, own, log)
+        arbiter = Arbiter(loaded, source, listeners, log)
+        return _run(arbiter, own, pidfile, control, admin, History(time.monotonic()))
     finally:
         _clean_up(own, pidfile)
 
@@ -81,8 +84,9 @@ def resume(word: str) -> int:
         )
         # An arbiter that knew of no control sockets has handed over none.
         control = socket.socket(fileno=state.control) if state.control >= 0 else open_control(settings, own, log)
+        admin = [Listener(fileno=fd) for fd in state.admin]
         history = History.from_wire(state.history, time.monotonic())
-        return _run(arbiter, own, pidfile, control, history, ReloadAsked())
+        return _run(arbiter, own, pidfile, control, admin, history, ReloadAsked())
     finally:
         _clean_up(own, pidfile)
 
@@ -92,13 +96,16 @@ def _run(
     own: dict[str, Identity],
     pidfile: PidFile | None,
     listener: socket.socket | None,
+    admins: list[Listener],
     history: History,
     first: Event = Tick(),  # noqa: B008
 ) -> int:
     locked = (pidfile.path, pidfile.fileno()) if pidfile is not None else None
     control = Control(arbiter, listener, history) if listener is not None else None
-    arbiter.upgrade = Upgrade(arbiter, own, locked, control)
-    arbiter.services += [arbiter.upgrade] if control is None else [arbiter.upgrade, control]
+    admin = Admin(arbiter, admins, history) if admins else None
+    arbiter.upgrade = Upgrade(arbiter, own, locked, control, admin, history)
+    services = (Historian(arbiter, history), arbiter.upgrade, control, admin)
+    arbiter.services += [service for service in services if service is not None]
     code = arbiter.run(first)
     arbiter.log.info(f"stopped, exit {code}")
     return code
