@@ -308,9 +308,9 @@ def test_the_page_asks_nobody_else_and_runs_nothing_else() -> None:
         (inside,) = re.findall(b"<%b>(.*?)</%b>" % (name, name), page, re.DOTALL)
         assert base64.b64encode(hashlib.sha256(inside).digest()).decode() in policy
     assert "default-src 'none'" in policy
-    assert not re.search(rb"(?:src|href|action)\s*=\s*[\"']?(?!data:)|url\(|@import|//[a-z0-9-]+\.", page)
+    assert not re.search(rb"(?:src|href|action)=(?!\"data:,)|url\(|@import|https?://(?!www\.w3\.org/2000/svg)", page)
     assert b"innerHTML" not in page, "what comes from outside is text"
-    assert not re.search(rb"\son[a-z]+=|\sstyle=", page), "the policy would forbid it"
+    assert not re.search(rb"<[^>]*\s(?:on[a-z]+|style)=", page), "the policy would forbid it"
 
 
 def test_all_counters_are_told_somewhere() -> None:
