@@ -9,6 +9,7 @@ import json
 import re
 import threading
 from collections import deque
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,15 +38,16 @@ def test_a_meter_counts_by_class_and_by_time(monkeypatch: pytest.MonkeyPatch) ->
     meter = Meter(None)
     for status, seconds in ((200, 0.0004), (204, 0.0005), (404, 0.2), (500, 11.0), (999, 0.0)):
         meter.write(exchange(status, 10, 100.0 - seconds))
-    meter.write(exchange(0), cut=True)  # the client left before there was an answer: that took no time
+    meter.write(exchange(0, 0, 99.5), cut=True)  # the client left before there was an answer
     meter.write_refusal(None, 431)  # type: ignore[arg-type]
     told = meter.measures([], 0, moved=3, adopted=4)
     assert fits(told)
     assert told["codes"] == [1, 0, 2, 0, 2, 2]
-    assert sum(told["latency"]) == 5
+    assert sum(told["latency"]) == 6
     assert told["latency"][BOUNDS.index(0.25)] == 1
     assert told["latency"][-1] == 1
-    assert told["latency_us"] == [11_200_900]
+    assert told["latency_us"] == [11_700_900]
+    assert meter.measures([], 0, moved=3, adopted=4) == told, "nothing is counted twice"
     assert (told["cut"], told["sent"], told["moved"], told["adopted"]) == ([1], [50], [3], [4])
 
 
@@ -206,6 +208,25 @@ def test_the_parser_of_prometheus_reads_it(write: Any, parse: Any) -> None:
     assert found["apphost_worker_exits_total", (("reason", "scale_down"),)] == 1
     assert found["process_resident_memory_bytes", (("role", "worker"),)] == 1000
     assert found["apphost_build_info", (("python", "3.13"), ("version", '0.1"\\\n'))] == 1
+
+
+def test_every_metric_is_documented() -> None:
+    """docs/metrics.md has each family once, with its type and labels, and its alerts use no others."""
+    document = (Path(__file__).resolve().parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
+    suffix = {"counter": "_total", "info": "_info"}
+    known = {
+        family.name + suffix.get(family.kind, ""): (
+            family.kind,
+            {name for _, labels, _ in family.samples for name in labels} - {"le"},
+        )
+        for family in families(snapshot())
+    }
+    table = re.findall(r"^\| `(\w+)` \| (\w+) \| (.*?) ?\| .+ \|$", document, re.MULTILINE)
+    assert len(table) == len(known)
+    assert {name: (kind, set(re.findall(r"`(\w+)`", labels))) for name, kind, labels in table} == known
+    used = set(re.findall(r"\b(?:http|apphost|process)_\w+", document.partition("## Prometheus")[2]))
+    assert len(used) >= 6
+    assert {re.sub("_bucket$", "", name) for name in used} <= set(known)
 
 
 def test_what_the_system_does_not_tell_is_left_out() -> None:

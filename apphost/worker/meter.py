@@ -8,14 +8,14 @@ from __future__ import annotations
 import asyncio
 import time
 from bisect import bisect_left
-from collections import deque
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import islice
+from itertools import islice, repeat
 from typing import TYPE_CHECKING
 
 from apphost.interfaces.threads import Job, ThreadPool
-from apphost.measures import BOUNDS, BUCKETS, CODES, PHASES, Measures
+from apphost.measures import BOUNDS, CODES, PHASES, Measures, zero
 from apphost.protocols.wire import Phase, Wire
 
 if TYPE_CHECKING:
@@ -33,32 +33,44 @@ _INDEX = {phase: PHASES.index(name) for phase, name in _PHASE.items()}
 
 
 class Meter:
-    """Counts finished requests. Event loop only. `log`: the access log behind it, if there is one."""
+    """Counts finished requests. Event loop only. `log`: the access log behind it, if there is one.
+
+    A request only leaves three numbers behind; what is to be known of them is counted at the next beat, in loops of C.
+    So there are never more of them than half a second brings.
+    """
 
     def __init__(self, log: Recorder | None) -> None:
         self._log = log
-        self._codes = [0] * 10  # by the first digit of the status
-        self._latency = [0] * BUCKETS
-        self._seconds = 0.0
-        self._cut = 0
-        self._sent = 0
-        self._queue = [0] * BUCKETS
-        self._queue_seconds = 0.0
+        self._statuses: list[int] = []
+        self._seconds: list[float] = []
+        self._sent: list[int] = []
+        self._codes = [0] * len(CODES)
+        self._totals = zero()
+        self._latency_s = 0.0
+        self._queue_s = 0.0
         self.waits: deque[float] = deque()  # s; threads append, the loop takes them out at each beat
+        self.write = self._make_write()
 
-    def write(self, exchange: Exchange, cut: bool = False) -> None:
-        """A request is finished; see `AccessLog`. Measured with its time stamps: see docs/metrics.md."""
-        status = exchange.status
-        self._codes[status // 100] += 1
-        if status:
-            seconds = time.perf_counter() - exchange.started_at
-            self._latency[bisect_left(BOUNDS, seconds)] += 1
-            self._seconds += seconds
-        self._sent += exchange.sent
-        if cut:
-            self._cut += 1
-        if self._log is not None:
-            self._log.write(exchange, cut)
+    def _make_write(self) -> Callable[..., None]:
+        """See `Recorder.write`. A closure, because what it needs is found faster there than in attributes."""
+        add_status, add_seconds, add_sent = self._statuses.append, self._seconds.append, self._sent.append
+        cut_short = self._totals["cut"]
+        log = self._log
+        clock = time.perf_counter
+
+        def write(exchange: Exchange, cut: bool = False) -> None:
+            add_status(exchange.status)
+            add_seconds(clock() - exchange.started_at)
+            add_sent(exchange.sent)
+            if cut:
+                cut_short[0] += 1
+
+        def write_both(exchange: Exchange, cut: bool = False) -> None:
+            write(exchange, cut)
+            assert log is not None
+            log.write(exchange, cut)
+
+        return write if log is None else write_both
 
     def write_refusal(self, connection: Connection, status: int) -> None:
         self._codes[status // 100] += 1
@@ -71,24 +83,31 @@ class Meter:
 
     def measures(self, connections: Iterable[Wire], count: int, moved: int, adopted: int) -> Measures:
         """All counters, as they travel. `connections`: all `count` of them."""
-        for _ in range(len(self.waits)):
-            waited = self.waits.popleft()
-            self._queue[bisect_left(BOUNDS, waited)] += 1
-            self._queue_seconds += waited
-        last = len(CODES) - 1
+        waits = [self.waits.popleft() for _ in range(len(self.waits))]
+        totals, codes = self._totals, self._codes
+        for status, many in Counter(self._statuses).items():
+            codes[min(status // 100, len(CODES) - 1)] += many  # RFC 9110, 15: what is beyond 599 is a server error
+        self._latency_s += _sort_in(totals["latency"], self._seconds)
+        self._queue_s += _sort_in(totals["queue"], waits)
+        totals["sent"][0] += sum(self._sent)
+        for numbers in (self._statuses, self._seconds, self._sent):
+            numbers.clear()
         return {
-            # RFC 9110, 15: a status beyond 599 is to be taken for a server error.
-            "codes": [*self._codes[:last], sum(self._codes[last:])],
-            "latency": self._latency,
-            "latency_us": [int(self._seconds * 1e6)],
-            "queue": self._queue,
-            "queue_us": [int(self._queue_seconds * 1e6)],
-            "cut": [self._cut],
-            "sent": [self._sent],
+            **totals,
+            "codes": codes,
+            "latency_us": [int(self._latency_s * 1e6)],
+            "queue_us": [int(self._queue_s * 1e6)],
             "moved": [moved],
             "adopted": [adopted],
             "phases": count_phases((connection.phase for connection in connections), count),
         }
+
+
+def _sort_in(buckets: list[int], seconds: list[float]) -> float:
+    """Add to a histogram; the sum of what was added. The bounds belong to their buckets."""
+    for index, many in Counter(map(bisect_left, repeat(BOUNDS), seconds)).items():
+        buckets[index] += many
+    return sum(seconds)
 
 
 def count_phases(phases: Iterable[Phase], count: int) -> list[int]:
