@@ -6,12 +6,15 @@ while, or ends, is replaced.
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import socket
 import sys
 import time
-from typing import TYPE_CHECKING
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from apphost.arbiter.history import History
 from apphost.arbiter.processes import WorkerProcess, kill
@@ -50,6 +53,9 @@ _TOLD_OF_ALL = (
 )  # fmt: skip
 
 
+T = TypeVar("T", bound=Callable[..., None])
+
+
 def open_admin(settings: Settings, access: Access, own: dict[str, Identity], log: Log) -> list[Listener]:
     """The listeners for the setting `admin`; `own` notes a Unix socket for removal. Raises `AddressError`."""
     if not settings.admin:
@@ -61,6 +67,21 @@ def open_admin(settings: Settings, access: Access, own: dict[str, Identity], log
     for listener in listeners:
         log.info(f"admin listener at {describe(listener)}", admin=describe(listener))
     return listeners
+
+
+def guarded(method: T) -> T:
+    """A defect in here is logged, and the arbiter goes on."""
+
+    @functools.wraps(method)
+    def wrapper(self: Admin, *args: Any) -> None:
+        try:
+            method(self, *args)
+        except Exception:
+            self.deadline = time.monotonic() + BACKOFF_MAX
+            trace = traceback.format_exc()
+            self._arbiter.log.write("error", "internal error in the admin service; it goes on", trace)
+
+    return wrapper  # type: ignore[return-value]
 
 
 class Admin:
@@ -81,6 +102,7 @@ class Admin:
 
     # -- the service
 
+    @guarded
     def notice(self, happening: Happening) -> None:
         worker = happening.worker
         if happening.what is What.GONE and worker is not None:
@@ -91,6 +113,7 @@ class Admin:
         elif happening.what is What.RELOAD_ASKED:
             self._moved_before = self._moved()
 
+    @guarded
     def expire(self, now: float) -> None:
         if self._channel is None:
             self._start(now)
@@ -136,6 +159,7 @@ class Admin:
         self._arbiter.hub.send(self._channel, {"t": "config", "listeners": fds, **account, **logs})
         self._arbiter.hub.send(self._channel, {"t": "snapshot", "snapshot": self.snapshot(now)})
 
+    @guarded
     def _lost(self) -> None:
         """The process is gone, or must go."""
         if self._channel is None:
@@ -185,8 +209,10 @@ class Admin:
             "measures": total,
             "reloads": dict(history.reloads),
             "moved_in_reload": max(0, self._moved() - self._moved_before),
-            "given_up": None if given_up is None else {name: given_up[name] for name in ("generation", "at", "reason")},
-            "ends": [{name: end[name] for name in ("at", "worker", "generation", "why")} for end in history.ends],
+            "given_up": None
+            if given_up is None
+            else {name: given_up.get(name) for name in ("generation", "at", "reason")},
+            "ends": [{name: end.get(name) for name in ("at", "worker", "generation", "why")} for end in history.ends],
         }
 
     def _moved(self) -> int:

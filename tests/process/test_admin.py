@@ -101,8 +101,9 @@ def test_metrics_count_every_request_through_reloads(tmp_path: Path, interface: 
         assert total(samples, "apphost_worker_exits_total", reason="reload") >= 3
         assert total(samples, "apphost_handed_over_connections_total") >= 2
         assert total(samples, "apphost_workers", state="ready", generation="3") == 2
-        assert total(samples, "process_resident_memory_bytes", role="worker") > 2**22
-        assert total(samples, "process_cpu_seconds_total", role="worker") > 0
+        if os.path.exists("/proc/self/statm"):
+            assert total(samples, "process_resident_memory_bytes", role="worker") > 2**22
+            assert total(samples, "process_cpu_seconds_total", role="worker") > 0
         older = get(server, "/metrics")
         assert older.all(b"content-type") == [b"text/plain; version=0.0.4; charset=utf-8"]
         assert {family.name for family in parse_text(older.body.decode())} >= {"http_requests", "apphost_workers"}
