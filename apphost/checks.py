@@ -51,6 +51,17 @@ def clean_owner(owner: str) -> str:
     return owner
 
 
+def clean_admin(address: str) -> str:
+    """`PORT` alone is one of the loopback interface: what is told there is not for everybody."""
+    from apphost.sockets import parse_bind
+
+    if address.isascii() and address.isdigit():
+        address = f"127.0.0.1:{address}"
+    if address and parse_bind(address).scheme:
+        raise ValueError("expected PORT, HOST:PORT, [IPV6]:PORT or unix:PATH, without a scheme")
+    return address
+
+
 def clean_control(value: str) -> str:
     from apphost.endpoint import AUTO, OFF
     from apphost.sockets import parse_bind

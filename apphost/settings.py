@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from apphost.checks import (
     clean_access_log,
     clean_access_log_format,
+    clean_admin,
     clean_allowed_hosts,
     clean_app,
     clean_bind,
@@ -119,6 +120,10 @@ class Settings:
     control: str = setting("auto", _PROCESS,
         "Socket for `apphost status` and the other commands: `auto` needs no file (Linux), `off`, or a path.",
         reloadable=False, clean=clean_control, metavar="auto|off|PATH")
+    admin: str = setting("", _PROCESS,
+        "Where to serve `/metrics`, `/healthz`, `/readyz` and a dashboard: `PORT` (of loopback), `HOST:PORT` or "
+        "`unix:PATH`; empty is off.",
+        reloadable=False, clean=clean_admin, metavar="ADDRESS")
     backlog: int = setting(2048, _PROCESS,
         "Connections that may wait to be accepted; the kernel caps it at `net.core.somaxconn`.",
         low=1, high=65535, reloadable=False)

@@ -70,10 +70,11 @@ def part(name: str) -> str:
 # What the files of a part may import of the other parts; a part that is not named here may import anything.
 _SHARED = {
     "checks", "messages", "lifecycle", "settings", "sources", "values", "cpu", "errors", "logs", "sockets", "bytecode",
-    "privileges", "peers", "endpoint", "hooks", "access", "logfiles",
+    "privileges", "peers", "endpoint", "hooks", "access", "logfiles", "measures",
 }  # fmt: skip
 ALLOWED = {
     "arbiter": _SHARED | {"forkserver", "hookrunner"},
+    "admin": {"errors", "logs", "measures", "messages", "peers", "privileges", "protocols", "sockets", "worker"},
     "worker": _SHARED | {"protocols", "interfaces"},
     "watcher": {"errors", "messages", "peers", "privileges"},
     "interfaces": {"errors", "logs", "protocols", "values", "lifecycle"},
@@ -83,6 +84,7 @@ ALLOWED = {
     "hookrunner": _SHARED | {"forkserver"},
     "hooks": {"errors", "settings"},
     "messages": set(),
+    "measures": set(),
     "lifecycle": set(),
     "errors": set(),
     "logs": set(),
@@ -157,7 +159,7 @@ def test_importing_the_arbiter_loads_nothing_foreign() -> None:
     assert "apphost.arbiter.arbiter" in modules
     assert not {name.partition(".")[0] for name in modules} & set(FOREIGN)
     assert not {name for name in modules if name.startswith(("apphost.worker", "apphost.protocols"))}
-    assert not {name for name in modules if name.startswith(("apphost.interfaces", "apphost.operate"))}
+    assert not {name for name in modules if name.startswith(("apphost.interfaces", "apphost.operate", "apphost.admin"))}
     # The same look at a worker's modules finds them: it is able to.
     assert {"asyncio", "h11"} <= loaded_by("import apphost.worker.main, apphost.protocols.h11_parser")
 

@@ -35,6 +35,7 @@ SAMPLES = {
     "unix_socket_mode": ("600", "660"),
     "tls_keyfile": ("one.key", "two.key"),
     "control": ("off", "/run/site/control"),
+    "admin": ("127.0.0.1:9090", "unix:/run/site/admin"),
     "ws_on_reload": ("rejoin", "/chat/*=resume"),
     "trusted_proxies": ("10.0.0.0/8", "unix"),
     "forwarded_fields": ("for", "proto"),
@@ -176,9 +177,17 @@ def test_defaults_without_any_source() -> None:
     assert loaded.warnings == ()
 
 
+def test_a_port_alone_is_one_of_loopback() -> None:
+    """What the admin listener tells is not for everybody, unless somebody says so."""
+    this = SETTINGS["admin"]
+    assert value_of(this, "9090") == "127.0.0.1:9090"
+    assert value_of(this, "0.0.0.0:9090") == "0.0.0.0:9090"
+    assert value_of(this, "") == ""
+
+
 def test_what_a_reload_cannot_change() -> None:
     fixed = {this.name for this in ALL if not this.reloadable}
-    assert fixed == {"bind", "backlog", "pidfile", "control", "user", "group", "umask", "proc_name", "reload",
+    assert fixed == {"bind", "backlog", "pidfile", "control", "admin", "user", "group", "umask", "proc_name", "reload",
                      "unix_socket_mode", "unix_socket_owner", "on_arbiter_start", "error_log"}  # fmt: skip
     old = Settings()
     new = dataclasses.replace(old, backlog=100, workers=3, user="www")
@@ -315,6 +324,15 @@ def test_a_factory_may_be_written_as_a_call() -> None:
             {},
             {"keep_alive": 1, "keep-alive": 2},
             f"keep_alive is set twice in {FILE}, with dashes and with underscores",
+        ),
+        (
+            {"admin": "http://127.0.0.1:9090"},
+            {},
+            {},
+            (
+                "bad value 'http://127.0.0.1:9090' for admin, on the command line (--admin): "
+                "expected PORT, HOST:PORT, [IPV6]:PORT or unix:PATH, without a scheme"
+            ),
         ),
         (
             {"control": "on"},

@@ -293,6 +293,8 @@ class Arbiter:
     def _hear_last(self, worker: WorkerProcess, message: Message) -> None:
         if message["t"] == "failed":
             worker.failure = Failure.told(message)
+        elif message["t"] == "beat":
+            worker.take_beat(message, time.monotonic())
 
     # -- actions
 

@@ -23,11 +23,10 @@ from apphost.arbiter import vocabulary as v
 from apphost.arbiter.arbiter import Arbiter
 from apphost.arbiter.history import History
 from apphost.arbiter.jobs import Ask, Job, Rollout, Stop, UpgradeWait
-from apphost.arbiter.services import Happening, What
+from apphost.arbiter.services import Happening
 from apphost.arbiter.status import status
 from apphost.endpoint import AUTO, BACKLOG, LINE_MAX, OFF, Peer, abstract_sockets, may_command, open_abstract, peer_of
 from apphost.errors import AddressError, nearest
-from apphost.lifecycle import State
 from apphost.logs import Log
 from apphost.settings import SETTINGS, Settings
 from apphost.sockets import Address, Identity, identify, open_listeners
@@ -168,7 +167,7 @@ def guarded(method: T) -> T:
 
 
 class Control:
-    """The service. `history` is that of the program before this one in an upgrade."""
+    """The service. `history` is written by a service that is told before this one."""
 
     def __init__(self, arbiter: Arbiter, listener: socket.socket, history: History) -> None:
         self.arbiter = arbiter
@@ -187,26 +186,10 @@ class Control:
 
     @guarded
     def notice(self, happening: Happening) -> None:
-        self._remember(happening)
         for client in list(self._clients):
             if client.job is not None:
                 client.job.notice(happening)
         self._news = True
-
-    def _remember(self, happening: Happening) -> None:
-        at = round(time.time(), 3)
-        worker = happening.worker
-        if happening.what is What.COMPLETE:
-            self.history.note_complete(happening.generation, at, happening.text)
-        elif happening.what is What.GIVEN_UP:
-            self.history.note_given_up(happening.generation, at, happening.text, happening.failure)
-        elif happening.what is What.GONE and worker is not None:
-            member = self.arbiter.fleet.workers.get(worker.wid)
-            why = "crashed" if worker.ready_at is not None else "could not boot"
-            if member is not None and member.reason is not None and member.state is State.DRAINING:
-                why = str(member.reason)
-            end = {"at": at, "worker": worker.wid, "generation": worker.generation, "pid": worker.pid}
-            self.history.note_end({**end, "text": happening.text, "detail": happening.detail}, why)
 
     @guarded
     def expire(self, now: float) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from apphost.measures import fits
 from apphost.messages import Message, ProtocolError
 from apphost.settings import SETTINGS
 
@@ -71,6 +72,7 @@ _OPTIONAL: Mapping[str, Check] = {
     "wid": _count,
     "ignored": _names,
     "oldest": _request,
+    "measures": fits,
 }
 
 

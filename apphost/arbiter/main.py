@@ -11,9 +11,10 @@ import time
 
 import apphost
 from apphost.arbiter.activation import Passed
+from apphost.arbiter.admin import Admin, open_admin
 from apphost.arbiter.arbiter import Arbiter
 from apphost.arbiter.control import Control, open_control
-from apphost.arbiter.history import History
+from apphost.arbiter.history import Historian, History
 from apphost.arbiter.hooks import ArbiterHooks
 from apphost.arbiter.pidfile import PidFile
 from apphost.arbiter.rotation import Rotation
@@ -47,9 +48,10 @@ def run(loaded: Loaded, source: Source) -> int:
         listeners = _listen(loaded, access, own, passed)
         control = open_control(settings, own, log)
         _say_hello(loaded, listeners, log)
+        admin = open_admin(settings, access, own, log)
         passed.close_rest(log)
         arbiter = Arbiter(loaded, source, listeners, log)
-        return _run(arbiter, source, own, pidfile, control, History(time.monotonic()), manager)
+        return _run(arbiter, source, own, pidfile, control, admin, History(time.monotonic()), manager)
     finally:
         _clean_up(own, pidfile)
 
@@ -91,8 +93,9 @@ def resume(word: str) -> int:
         )
         # An arbiter that knew of no control sockets has handed over none.
         control = socket.socket(fileno=state.control) if state.control >= 0 else open_control(settings, own, log)
+        admin = [Listener(fileno=fd) for fd in state.admin]
         history = History.from_wire(state.history, time.monotonic())
-        return _run(arbiter, source, own, pidfile, control, history, manager, ReloadAsked())
+        return _run(arbiter, source, own, pidfile, control, admin, history, manager, ReloadAsked())
     finally:
         _clean_up(own, pidfile)
 
@@ -103,6 +106,7 @@ def _run(
     own: dict[str, Identity],
     pidfile: PidFile | None,
     listener: socket.socket | None,
+    admins: list[Listener],
     history: History,
     manager: Manager,
     first: Event = Tick(),  # noqa: B008
@@ -110,8 +114,10 @@ def _run(
     """`first`: Tick at a start, ReloadAsked of a program that has taken the place of another one."""
     locked = (pidfile.path, pidfile.fileno()) if pidfile is not None else None
     control = Control(arbiter, listener, history) if listener is not None else None
-    arbiter.upgrade = Upgrade(arbiter, own, locked, control, manager.environment)
-    arbiter.services += [arbiter.upgrade] if control is None else [arbiter.upgrade, control]
+    admin = Admin(arbiter, admins, history) if admins else None
+    arbiter.upgrade = Upgrade(arbiter, own, locked, control, admin, history, manager.environment)
+    services = (Historian(arbiter, history), arbiter.upgrade, control, admin)
+    arbiter.services += [service for service in services if service is not None]
     if arbiter.settings.error_log:
         arbiter.services.append(Rotation(arbiter.log, lambda: _open_log(arbiter.settings, source)))
     hooks = ArbiterHooks(arbiter)

@@ -68,6 +68,7 @@ class WorkerProcess:
     active: int = 0
     beat_at: float | None = None  # when it last beat
     oldest: list[Any] | None = None  # of its requests in progress: s that it took at the last beat, and which it is
+    measures: dict[str, list[int]] = field(default_factory=dict)  # where there is an admin listener
     code: dict[str, Any] = field(default_factory=dict)  # the fingerprint of what it has imported
     failure: Failure | None = None
     lost_at: float | None = None  # when its channel ended
@@ -86,6 +87,7 @@ class WorkerProcess:
         self.connections = int(message["connections"])
         self.active = int(message["active"])
         self.oldest = message.get("oldest")
+        self.measures = message.get("measures", self.measures)
 
     def last_words(self) -> str:
         """What it wrote when it crashed, or when it was killed for being stuck."""

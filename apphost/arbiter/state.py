@@ -37,7 +37,8 @@ class ArbiterState:
 
     leaving: fork servers whose channels have ended, so only their exits are awaited. own_sockets: path and
     identity of the Unix sockets to remove at the end. pidfile: path and locked descriptor. plain: those of `listeners`
-    where no TLS is spoken in any case. control: the listening control socket, -1: none. history: that of `status`.
+    where no TLS is spoken in any case. control: the listening control socket, -1: none. admin: the listeners
+    there. history: that of `status`.
     """
 
     fleet: Fleet
@@ -51,12 +52,18 @@ class ArbiterState:
     pidfile: tuple[str, int] | None
     plain: list[int] = field(default_factory=list)
     control: int = -1
+    admin: list[int] = field(default_factory=list)
     history: dict[str, Any] = field(default_factory=dict)
 
     @property
     def descriptors(self) -> list[int]:
         """All that must stay open."""
-        fds = [*self.listeners, *(w.dump for w in self.workers), *(w.channel.fileno() for w in self.workers)]
+        fds = [
+            *self.listeners,
+            *self.admin,
+            *(w.dump for w in self.workers),
+            *(w.channel.fileno() for w in self.workers),
+        ]
         fds += [server.dump for server in (*self.fork_servers, *self.leaving)]
         fds += [server.channel.fileno() for server in self.fork_servers]
         fds += [self.control] if self.control >= 0 else []
@@ -86,6 +93,7 @@ class ArbiterState:
                 pidfile=(str(pidfile[0]), int(pidfile[1])) if pidfile is not None else None,
                 plain=[int(fd) for fd in wire.get("plain", ())],
                 control=int(wire.get("control", -1)),
+                admin=[int(fd) for fd in wire.get("admin", ())],
                 history=dict(wire.get("history", {})),
             )
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as exc:

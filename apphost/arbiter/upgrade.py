@@ -25,8 +25,10 @@ from apphost.settings import RESUME_VARIABLE
 from apphost.sockets import Identity
 
 if TYPE_CHECKING:
+    from apphost.arbiter.admin import Admin
     from apphost.arbiter.arbiter import Arbiter
     from apphost.arbiter.control import Control
+    from apphost.arbiter.history import History
 
 TRIAL_TIMEOUT = 15.0  # s for the new program to show that it can start
 _STATE_MAX = 1 << 26  # bytes: some hundred times the state of 1024 workers
@@ -44,10 +46,14 @@ class Upgrade:
         own_sockets: dict[str, Identity],
         pidfile: tuple[str, int] | None,
         control: Control | None,
+        admin: Admin | None,
+        history: History,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self._arbiter = arbiter
         self._control = control
+        self._admin = admin
+        self._history = history
         self._own_sockets = own_sockets
         self._pidfile = pidfile
         self._environment = dict(environment or {})
@@ -170,7 +176,8 @@ class Upgrade:
             pidfile=self._pidfile,
             plain=[listener.fileno() for listener in arbiter.listeners if listener.plain],
             control=self._control.fileno() if self._control is not None else -1,
-            history=self._control.history.to_wire() if self._control is not None else {},
+            admin=[listener.fileno() for listener in self._admin.listeners] if self._admin is not None else [],
+            history=self._history.to_wire(),
         )
 
 

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from apphost.logs import Log
 from apphost.protocols.base import Handler, HeadParser, Interface
@@ -15,12 +15,25 @@ from apphost.protocols.response import ServerFields
 from apphost.protocols.strict import Limits
 
 if TYPE_CHECKING:
-    from apphost.access import AccessLog
+    from apphost.protocols.exchange import Exchange
     from apphost.protocols.http1 import Connection
     from apphost.protocols.proxies import HostList, ProxyRules
     from apphost.protocols.request_ids import RequestIds
     from apphost.protocols.websocket import WebSocketOptions
     from apphost.protocols.wire import Wire
+
+
+class Recorder(Protocol):
+    """Whom a connection tells of its requests: the access log, or what stands before it."""
+
+    def write(self, exchange: Exchange, cut: bool = False) -> None:
+        """One is finished; `cut`: its response is incomplete."""
+
+    def write_refusal(self, connection: Connection, status: int) -> None:
+        """One was refused before it could be understood."""
+
+    def flush(self) -> None:
+        """Nothing more comes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +60,7 @@ class Context:
     on_idle: called with each connection that has come to wait for a request (so that it can move), None: not wanted.
     on_socket: called with each connection that becomes a WebSocket, None: not wanted.
     requests: responses finished so far, of all connections; errors: those of them that were 5xx or cut short.
+    adopted: connections that have come from other workers.
     on_enough: called when `requests` reaches `requests_wanted`. on_closed: called after a connection has ended, or
     has not come about.
     """
@@ -54,6 +68,7 @@ class Context:
     __slots__ = (
         "access_log",
         "active",
+        "adopted",
         "closing",
         "connections",
         "deadlines",
@@ -91,7 +106,7 @@ class Context:
         limits: Limits | None = None,
         timeouts: Timeouts | None = None,
         server_fields: ServerFields | None = None,
-        access_log: AccessLog | None = None,
+        access_log: Recorder | None = None,
         underscores: str = "drop",
         websockets: WebSocketOptions | None = None,
         proxies: ProxyRules | None = None,
@@ -119,6 +134,7 @@ class Context:
         self.on_socket: Callable[[Connection], None] | None = None
         self.requests = 0
         self.errors = 0
+        self.adopted = 0
         self.keep_alive = self.timeouts.keep_alive
         self.requests_wanted = -1
         self.on_enough: Callable[[], None] = _nothing

@@ -332,6 +332,7 @@ class Receiver:
     def _commit(self, message: Message) -> None:
         prepared = self._take(message)
         if prepared is not None:
+            self._context.adopted += 1
             task = self._loop.create_task(self._open(*prepared))
             self.opening.add(task)
             task.add_done_callback(self.opening.discard)

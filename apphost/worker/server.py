@@ -36,6 +36,7 @@ from apphost.worker.handover import Receiver, Sender
 from apphost.worker.hooks import Hooks
 from apphost.worker.inquiry import Inquiry, oldest
 from apphost.worker.loading import load_plugin
+from apphost.worker.meter import Meter, TimedPool
 from apphost.worker.parting import Parting, Ways
 from apphost.worker.probe import probe
 from apphost.worker.recycling import Recycling
@@ -81,6 +82,7 @@ class Server:
         self._tls = self._make_tls()
         self._recycling = Recycling(self.settings, loop.time())
         self._inquiry = Inquiry(loop, channel, self.context)
+        self._meter: Meter | None = None  # with an admin listener
 
     def _make_context(self, parser: HeadParser) -> Context:
         settings = self.settings
@@ -160,6 +162,8 @@ class Server:
         self.loop.add_reader(self.channel.fileno(), self._orders)
         self.loop.add_signal_handler(signal.SIGTERM, self._stray_term)
         self.context.access_log = self._make_access_log()
+        if self.settings.admin:
+            self.context.access_log = self._meter = Meter(self.context.access_log)
         lifespan = await self._start_application(app, interface)
         self._limit_requests()
         self.context.websockets = self._websocket_options()
@@ -185,7 +189,7 @@ class Server:
         if self.context.access_log is not None and needs_queue(self._access_log_format()):
             factory = timed(factory)
         if name == "wsgi":
-            self.pool = ThreadPool(self.loop, settings.threads, "wsgi")
+            self.pool = self._make_pool()
             options |= {"multithread": settings.threads > 1, "multiprocess": settings.workers > 1}
             self._mount(partial(factory, app, self.pool, self.log, self.context.active, **options))
             return None
@@ -196,6 +200,11 @@ class Server:
             options["state"] = lifespan.state
         self._mount(partial(factory, app, self.loop, self.log, self.context.active, **options))
         return lifespan
+
+    def _make_pool(self) -> ThreadPool:
+        if self._meter is None:
+            return ThreadPool(self.loop, self.settings.threads, "wsgi")
+        return TimedPool(self.loop, self.settings.threads, "wsgi", self._meter.waits)
 
     def _mount(self, factory: Callable[..., Interface]) -> None:
         """Make the interface; where proxies tell a prefix, one for each."""
@@ -233,6 +242,8 @@ class Server:
         """Whatever is left has had its time."""
         if self._tick_handle is not None:
             self._tick_handle.cancel()
+        if self._meter is not None:
+            self._beat()  # what was counted since the last one
         cut = len(self.context.active)
         if cut:
             requests = ", ".join(self.describe_requests()[:5])
@@ -276,16 +287,23 @@ class Server:
         now = self.loop.time()
         self._tick_handle = self.loop.call_later(TICK, self._tick)
         self.context.tick(now)
-        context = self.context
-        figures = {"requests": context.requests, "connections": len(context.connections), "active": len(context.active)}
-        longest = oldest(context.connections)
-        self.channel.send({"t": "beat", "errors": context.errors, "oldest": longest, **figures})
+        self._beat()
         if self.state is State.DRAINING:
             if self.sender is not None:
                 self.sender.tick(now)
             self._check_drained()
         else:
             self._ask_for_successor()
+
+    def _beat(self) -> None:
+        context = self.context
+        count = len(context.connections)
+        figures: Message = {"requests": context.requests, "connections": count, "active": len(context.active)}
+        if self._meter is not None:
+            moved = self.sender.moved if self.sender is not None else 0
+            figures["measures"] = self._meter.measures(context.connections, count, moved, context.adopted)
+        longest = oldest(context.connections)
+        self.channel.send({"t": "beat", "errors": context.errors, "oldest": longest, **figures})
 
     def describe_requests(self) -> list[str]:
         """The requests in progress, a few words each. Also called by a signal handler, so it only reads."""

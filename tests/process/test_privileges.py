@@ -350,3 +350,23 @@ def test_a_socket_is_removed_by_its_owner_alone(serve: Serve, site: Path) -> Non
 
 def check_dropped_uid(found: dict[str, Any]) -> None:
     assert found["now"]["uids"] == [pwd.getpwnam(USER).pw_uid] * 3
+
+
+def test_the_admin_process_is_not_root(serve: Serve, site: Path) -> None:
+    """It becomes `user` before it imports what it serves with; a port below 1024 is no obstacle."""
+    port = low_port()
+    with serve("who:app", "--user", USER, "--admin", f"127.0.0.1:{port}", env=ROOTS) as server:
+        server.wait_line(f"admin listener at http://127.0.0.1:{port}$")
+        account = pwd.getpwnam(USER)
+
+        def pids() -> list[int]:
+            children = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in server.children()}
+            return [pid for pid, command in children.items() if b"apphost.admin" in command]
+
+        with RawClient(port) as client:
+            assert client.request("GET", "/healthz").status == 200, "it answers only after it has changed its user"
+        (pid,) = pids()
+        assert status(pid, "Uid") == [str(account.pw_uid)] * 4
+        assert status(pid, "Gid") == [str(account.pw_gid)] * 4
+        assert int(status(pid, "CapEff")[0], 16) == 0
+        assert server.stop() == 0

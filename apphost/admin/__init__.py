@@ -1,0 +1,1 @@
+"""The process behind the setting `admin`: metrics, health, readiness, and a dashboard."""
