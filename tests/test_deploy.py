@@ -25,15 +25,14 @@ from tests.support import wait_for
 yaml = pytest.importorskip("yaml")
 
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
+EXPOSITION = DEPLOY.parent / "apphost" / "admin" / "exposition.py"
 # s that a stop takes beyond stop_timeout until the last worker is killed, and some for a busy machine.
 STOP_EXTRA = KILL_GRACE + 1.0
 
 
 def settings_of(words: list[str]) -> Settings:
     """What apphost makes of a command line; a test failure for one that it would refuse."""
-    if "admin" not in SETTINGS:  # where the listener for probes is not part of the program
-        words = re.sub(r" --admin[= ]\S+", "", " ".join(words)).split(" ")
-    context = program.commands["run"].make_context("apphost", words)
+    context = program.commands["run"].make_context("apphost", list(words))  # it takes the words out of its list
     given = {name: value for name, value in context.params.items() if value and name in SETTINGS}
     cli = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
     settings = resolve(cli, {}).settings
@@ -334,7 +333,7 @@ def test_the_selectors_meet() -> None:
 def test_the_autoscaler_follows_a_metric_of_apphost() -> None:
     metrics = manifest("HorizontalPodAutoscaler")["spec"]["metrics"]
     (own,) = [each["pods"] for each in metrics if each["type"] == "Pods"]
-    assert own["metric"]["name"].startswith("apphost_")
+    assert f'Family("{own["metric"]["name"]}", "gauge"' in EXPOSITION.read_text(encoding="utf-8")
     text = (DEPLOY / "kubernetes" / "hpa.yaml").read_text(encoding="utf-8")
     assert f"seriesQuery: {own['metric']['name']}" in text
     workers = int(container()["resources"]["limits"]["cpu"])

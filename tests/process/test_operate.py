@@ -194,8 +194,8 @@ def test_an_upgrade_that_is_given_up(tmp_path: Path) -> None:
 
 def test_a_worker_that_is_stuck(tmp_path: Path) -> None:
     """Its stacks are told and it lives; when it goes on and is replaced, they are not taken for its last words."""
-    blocks = site("asgi").replace("time.sleep(600)", "time.sleep(4)")
-    write_app(tmp_path, "app", blocks)
+    until_go = "[time.sleep(0.02) for _ in iter(lambda: os.path.exists('go'), True)]"
+    write_app(tmp_path, "app", site("asgi").replace("time.sleep(600)", until_go))
     with Server("app:app", cwd=tmp_path) as server, in_progress(server, "/sleep?token=secret") as client:
         wait_for(lambda: "silent" in status(server)["workers"][0], what="the worker to be noticed as silent")
         found = status(server)
@@ -207,6 +207,7 @@ def test_a_worker_that_is_stuck(tmp_path: Path) -> None:
         with Control(server) as control:
             answer = control.ask({"do": "connections"})
             assert answer == {"done": True}
+        (tmp_path / "go").touch()
         assert client.read_response().status == 200
         wait_for(lambda: "silent" not in status(server)["workers"][0])
         assert operate(server, "reload", "--wait").returncode == 0
