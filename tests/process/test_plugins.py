@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from apphost.sources import _toml_parser
+from apphost.sources import toml_parser
 from tests.rawhttp import RawClient
 from tests.support import OWN_CODE, Server, write_app
 
@@ -27,7 +27,7 @@ def app(path, body):
 
 def install(folder: Path) -> dict[str, str]:
     """Install the example into `folder`, as pip would, and return the environment in which it is found."""
-    loads = _toml_parser()
+    loads = toml_parser()
     if loads is None:
         pytest.skip("there is no TOML parser")
     project = loads((EXAMPLE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
