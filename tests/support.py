@@ -62,6 +62,16 @@ _GONE = re.compile(r"worker (\d+) gen (\d+) (?:gone|could not boot)\b")
 _PORT = re.compile(r"listening at https?://\S*:(\d+)")
 
 
+def refused(port: int) -> bool:
+    try:
+        connect(port, 5).close()
+    except ConnectionRefusedError:
+        return True
+    except ConnectionResetError:  # the last copy of the listener was closed in this moment
+        return False
+    return False
+
+
 def wait_for(predicate: Callable[[], T], timeout: float = 20.0, what: str = "") -> T:
     """Call `predicate` every 10 ms until it returns something true, and return it; AssertionError after `timeout` s."""
     deadline = time.monotonic() + timeout

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import apphost
+from tests.conftest import THINNED
 from tests.support import Server, write_app
 
 PACKAGE = Path(apphost.__file__).parent
@@ -220,3 +221,10 @@ def test_no_file_and_no_function_is_too_long(path: Path) -> None:
             assert node.end_lineno is not None
             length = node.end_lineno - node.lineno + 1
             assert length <= FUNCTION_MAX, f"{node.name} in {path.name} has {length} lines, {FUNCTION_MAX} are allowed"
+
+
+@pytest.mark.parametrize("name", sorted(THINNED))
+def test_what_is_thinned_is_there(name: str) -> None:
+    file, _, test = name.partition("::")
+    text = (Path(__file__).parent / "process" / file).read_text(encoding="utf-8")
+    assert re.search(rf"^def {test}\(", text, re.MULTILINE)

@@ -18,11 +18,11 @@ from tests.support import (
     RawClient,
     Server,
     alive,
-    connect,
     descendants,
     linux,
     pid_namespace,
     processes,
+    refused,
     request_bytes,
     wait_for,
     write_app,
@@ -45,16 +45,6 @@ def ready_workers(server: Server, count: int) -> list[int]:
 
 def fork_servers(server: Server) -> list[int]:
     return [process.pid for process in processes() if process.parent == server.pid and process.state != "Z"]
-
-
-def refused(port: int) -> bool:
-    try:
-        connect(port, 5).close()
-    except ConnectionRefusedError:
-        return True
-    except ConnectionResetError:  # the last copy of the listener was closed in this moment
-        return False
-    return False
 
 
 def ends(client: RawClient) -> bool:

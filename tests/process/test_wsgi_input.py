@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 import pytest
 
 from tests.process.test_wsgi_conformance import PAIRS, ask, no_complaint, standstill, target
-from tests.support import RawClient, Server, request_bytes, wait_for
+from tests.support import RawClient, Server, refused, request_bytes, wait_for
 
 LINES = b"one\r\ntwo\n\n" + b"x" * 100 + b"\nlast without an end"
 _numbers = count(1)
@@ -356,7 +356,7 @@ def test_body_through_a_drain(http_parser: str) -> None:
         client.send(head("length", target("/digest", size=1000), len(body)) + body[:1000])
         wait_for(lambda: ask(server, "/pid"))
         server.signal(15)
-        server.wait_line("draining")
+        wait_for(lambda: refused(server.port), what="the worker to have the order")
         client.send(body[1000:])
         answer = client.read_response()
         assert json.loads(answer.body) == [len(body), hashlib.sha256(body).hexdigest()]
