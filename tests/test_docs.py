@@ -46,7 +46,7 @@ FOREIGN = {
         "--no-deps", "--no-cache-dir",
         "--host", "--port", "--uds", "--fd", "--timeout-worker-healthcheck", "--timeout-graceful-shutdown",
         "--timeout-keep-alive", "--access-logfile", "--certfile", "--keyfile", "--forwarded-allow-ips",
-        "--ssl-certfile", "--ssl-keyfile", "--proxy-headers", "--ws-max-size",
+        "--ssl-certfile", "--ssl-keyfile", "--proxy-headers", "--ws-max-size", "--thorough",
     },
     "deploy.md": {"--no-deps", "--no-cache-dir", "--fdname"},
     "architecture.md": {"--cases", "--jobs", "--seed", "--case"},
