@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -518,11 +516,11 @@ def test_a_unix_socket_survives_reloads(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_an_inherited_socket_survives_reloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_inherited_socket_survives_reloads(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port, fd = listener.getsockname()[1], listener.fileno()
-        monkeypatch.setattr(subprocess, "Popen", functools.partial(subprocess.Popen, pass_fds=[fd]))
-        with serving(tmp_path, "asgi", bind=f"fd://{fd}") as server:
+        write_app(tmp_path, "app", site("asgi"))
+        with Server("app:app", bind=f"fd://{fd}", cwd=tmp_path, pass_fds=[fd]) as server:
             assert server.port == port
             with Load(port, clients=3) as load:
                 for version in ("two", "three"):
