@@ -343,7 +343,7 @@ def _prepare_workers(settings: Settings, log_config: LogConfig | None, log: Log)
 
     _preimport(settings.http, settings.loop)
     importlib.invalidate_caches()  # this process may be older than what it is to import
-    _set_title(settings.proc_name)
+    set_title(settings.proc_name, "worker")
     app = None
     if settings.preload:
         if log_config is not None:
@@ -372,14 +372,15 @@ def _error_page(settings: Settings, failure: Message) -> Any:
     from apphost.worker.error_page import ErrorPage
 
     _preimport(settings.http, settings.loop)
-    _set_title(settings.proc_name)
+    set_title(settings.proc_name, "worker")
     return ErrorPage(str(failure["message"]), str(failure["detail"]), int(failure["generation"]))
 
 
-def _set_title(name: str) -> None:
+def set_title(name: str, role: str) -> None:
+    """How `ps` shows this process, where setproctitle is installed and `name` is set."""
     if name:
         try:
             from setproctitle import setproctitle
         except ModuleNotFoundError:
             return
-        setproctitle(f"{name}: worker")
+        setproctitle(f"{name}: {role}")

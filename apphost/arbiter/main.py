@@ -24,6 +24,7 @@ from apphost.arbiter.systemd import Manager, Notifier, NotifySocket
 from apphost.arbiter.upgrade import Upgrade, open_inherited, open_nothing, read_state, take_over
 from apphost.arbiter.vocabulary import Event, ReloadAsked, Tick
 from apphost.errors import ApphostError, ExitCode
+from apphost.forkserver import set_title
 from apphost.logfiles import open_own_log
 from apphost.logs import Log, open_log
 from apphost.privileges import find_group, find_user, parse_owner, resolve
@@ -41,7 +42,7 @@ def run(loaded: Loaded, source: Source) -> int:
         os.umask(settings.umask)
     log = _open_log(settings, source)
     access = _access(settings)
-    _set_title(settings.proc_name)
+    set_title(settings.proc_name, "arbiter")
     pidfile = PidFile(settings.pidfile) if settings.pidfile else None
     own: dict[str, Identity] = {}
     try:
@@ -78,7 +79,7 @@ def resume(word: str) -> int:
         return ExitCode.OK
     for fd in state.descriptors:
         os.set_inheritable(fd, False)
-    _set_title(settings.proc_name)
+    set_title(settings.proc_name, "arbiter")
     pidfile = PidFile.adopt(*state.pidfile) if state.pidfile is not None else None
     own = state.own_sockets
     listeners = [Listener(fileno=fd) for fd in state.listeners]
@@ -237,12 +238,3 @@ def _say_hello(loaded: Loaded, listeners: list[Listener], log: Log) -> None:
     for listener in listeners:
         address = describe(listener, bool(settings.tls_certfile))
         log.info(f"listening at {address}", address=address)
-
-
-def _set_title(name: str) -> None:
-    if name:
-        try:
-            from setproctitle import setproctitle
-        except ModuleNotFoundError:
-            return
-        setproctitle(f"{name}: arbiter")
