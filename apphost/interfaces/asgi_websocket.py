@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +22,25 @@ RESUME = "apphost.resume"  # the extension of the scope: {"state": bytes or None
 _DENIAL = "websocket."  # what is in front of the events of the denial response, which else are those of a response
 
 
+class Heard(enum.Enum):
+    """What the application has received of those events that come once, in this order."""
+
+    NOTHING = enum.auto()
+    CONNECT = enum.auto()
+    DISCONNECT = enum.auto()
+
+
+# Looking a member up in its enum costs 0.1 us before Python 3.12.
+_NOTHING, _CONNECT, _DISCONNECT = Heard.NOTHING, Heard.CONNECT, Heard.DISCONNECT
+
+
 class AsgiWebSocket(AsgiRequest):
     """A request until the application has answered the handshake: a denial is its response. From then on, `socket`."""
 
-    __slots__ = ("greeted", "resume", "socket", "told")
+    __slots__ = ("heard", "resume", "socket")
 
     def __init__(self, interface: AsgiInterface, stream: Stream) -> None:
-        self.greeted = False  # the application has had websocket.connect
-        self.told = False  # it has had websocket.disconnect
+        self.heard = _NOTHING
         self.resume: dict[str, Any] | None = None  # of the scope: the state that it finds, and may leave
         self.socket: WebSocket | None = None
         super().__init__(interface, stream)
@@ -57,22 +69,22 @@ class AsgiWebSocket(AsgiRequest):
 
     async def receive(self) -> Event:
         """`websocket.connect`, then messages; `websocket.disconnect` from the end on, again and again."""
-        if not self.greeted:
-            self.greeted = True
+        if self.heard is _NOTHING:
+            self.heard = _CONNECT
             return {"type": "websocket.connect"}
         while True:
             socket = self.socket
             if socket is not None:
-                if socket.messages and not socket.moving:
+                if socket.messages and self.heard is _CONNECT and not socket.moving:
                     message = socket.take()
                     if type(message) is bytes:
                         return {"type": "websocket.receive", "bytes": message, "text": None}
                     return {"type": "websocket.receive", "bytes": None, "text": message}
                 if socket.ended:
-                    self.told = True
+                    self.heard = _DISCONNECT
                     return {"type": "websocket.disconnect", "code": socket.code, "reason": socket.reason}
             elif self.gone or self.stream.complete:
-                self.told = True
+                self.heard = _DISCONNECT
                 return {"type": "websocket.disconnect", "code": 1006, "reason": ""}
             await self._wait()
 
@@ -80,12 +92,12 @@ class AsgiWebSocket(AsgiRequest):
         """Take an event of the application. Raises as with a response; `ClientDisconnected` after any close, too."""
         kind = event["type"]
         socket = self.socket
-        if kind == "websocket.send" and socket is not None and socket.open and not self.told:
+        if kind == "websocket.send" and socket is not None and socket.open and self.heard is not _DISCONNECT:
             socket.send(_message(event))
             if not socket.writable:
                 await self._drained()
             return
-        if self.told or (not self._undecided if socket is None else not socket.open):
+        if self.heard is _DISCONNECT or (not self._undecided if socket is None else not socket.open):
             raise ClientDisconnected("the WebSocket is closed")
         act = _EVENTS.get(kind)
         if act is not None:
@@ -163,7 +175,7 @@ class AsgiWebSocket(AsgiRequest):
     def _parts(self) -> bool:
         """Whether it has finished because another worker's call of the application goes on with the socket."""
         socket = self.socket
-        if socket is None or not socket.moving or not self.told:
+        if socket is None or not socket.moving or self.heard is not _DISCONNECT:
             return False
         state = self.resume.get("state") if self.resume is not None else None
         if state is None or (isinstance(state, bytes) and len(state) <= STATE_MAX):
@@ -174,7 +186,7 @@ class AsgiWebSocket(AsgiRequest):
         return True
 
     def _over(self) -> bool:
-        return self.told or (super()._over() if self.socket is None else not self.socket.open)
+        return self.heard is _DISCONNECT or (super()._over() if self.socket is None else not self.socket.open)
 
     def _failure(self, exc: BaseException) -> str:
         socket = self.socket
@@ -182,7 +194,7 @@ class AsgiWebSocket(AsgiRequest):
             return super()._failure(exc)
         if socket is not None and not socket.open:
             return raised(exc, "the WebSocket had ended")
-        if socket is not None and socket.moving and self.told:
+        if socket is not None and socket.moving and self.heard is _DISCONNECT:
             return raised(exc, "the WebSocket moves to another worker all the same")
         return raised(exc, "the WebSocket was closed with 1011")
 
