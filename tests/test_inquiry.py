@@ -14,11 +14,20 @@ import pytest
 from apphost.messages import MAX_MESSAGE, Channel
 from apphost.protocols.wire import Phase
 from apphost.worker import inquiry
-from apphost.worker.inquiry import CONNECTIONS_MAX, PATH_MAX, Inquiry, describe, oldest, task_stacks, thread_stacks
+from apphost.worker.inquiry import (
+    CONNECTIONS_MAX,
+    METHOD_MAX,
+    PATH_MAX,
+    Inquiry,
+    describe,
+    oldest,
+    task_stacks,
+    thread_stacks,
+)
 
 
-def exchange(path: bytes = b"/", started_at: float = 0.0) -> Any:
-    return SimpleNamespace(head=SimpleNamespace(method="GET", raw_path=path, query=b"secret=1"), started_at=started_at)
+def exchange(path: bytes = b"/", started_at: float = 0.0, method: str = "GET") -> Any:
+    return SimpleNamespace(head=SimpleNamespace(method=method, raw_path=path, query=b"secret=1"), started_at=started_at)
 
 
 class Transport:
@@ -33,7 +42,7 @@ def connection(request: Any = None, made_at: float = 0.0, **changes: Any) -> Any
     fields = {
         "exchange": request, "websocket": None, "made_at": made_at, "requests": 1, "peer": "127.0.0.1:5",
         "phase": Phase.WAITING if request is None else Phase.BUSY, "transport": Transport(), "eof": False,
-        "write_paused": False, **changes,
+        "write_paused": False, "fixed": False, **changes,
     }  # fmt: skip
     return SimpleNamespace(**fields)
 
@@ -71,6 +80,17 @@ def test_long_paths_are_cut() -> None:
     assert len(describe(exchange(b"/" + b"x" * 9000))) == PATH_MAX + len("GET ...")
 
 
+def test_long_methods_are_cut() -> None:
+    """Any token is a method: some hundred clients could make the answer larger than a message."""
+    assert describe(exchange(b"/", method="M" * 8000)) == "M" * METHOD_MAX + "... /"
+
+
+def test_an_answer_that_fits_no_message_is_an_error_and_not_silence() -> None:
+    rows = [connection(peer="x" * MAX_MESSAGE)]
+    (answer,) = answers(rows, {"id": 4, "what": "connections"})
+    assert answer == {"t": "answer", "id": 4, "error": "the answer is too large for a message"}
+
+
 def test_connections_are_told_the_busy_ones_first() -> None:
     rows = [connection(made_at=1.0), connection(exchange(b"/a"), made_at=5.0), connection(exchange(b"/b"), made_at=2.0)]
     (answer,) = answers(rows, {"id": 7, "what": "connections"})
@@ -86,6 +106,7 @@ def test_connections_are_told_the_busy_ones_first() -> None:
         ({"phase": Phase.HEAD}, None),
         ({"phase": Phase.BUSY}, "after its answer"),
         ({"phase": Phase.LINGERING}, "it ends"),
+        ({"fixed": True}, "TLS"),
         ({"eof": True}, "the client has ended its side"),
         ({"write_paused": True}, "the client does not read its answer"),
     ],
@@ -102,7 +123,10 @@ def test_what_this_version_does_not_know() -> None:
 
 
 def test_the_largest_answers_fit_into_a_message() -> None:
-    many = [connection(exchange(b"/" + b"\xff" * 500), peer="[" + "f" * 39 + "]:65535") for _ in range(3000)]
+    many = [
+        connection(exchange(b"/" + b"\xff" * 500, method="M" * 8000), peer="[" + "f" * 39 + "]:65535")
+        for _ in range(3000)
+    ]
     asked = Inquiry(SimpleNamespace(time=lambda: 1e9), None, SimpleNamespace(connections=many))  # type: ignore[arg-type]
     answer = asked._connections()
     assert (len(answer["connections"]), answer["left_out"]) == (CONNECTIONS_MAX, 2000)

@@ -34,6 +34,7 @@ FRAMES_MAX = 50  # of a stack, the innermost
 STACKS_MAX = 1 << 19  # bytes of JSON
 LINE_MAX = 200  # characters
 PATH_MAX = 200  # characters of a request path
+METHOD_MAX = 20  # characters of a method; the longest registered one has 17, and a client may send thousands
 
 _TCP_BYTES = 120  # offset in struct tcp_info of tcpi_bytes_acked and, behind it, tcpi_bytes_received (linux/tcp.h)
 
@@ -42,7 +43,11 @@ def describe(exchange: Exchange) -> str:
     """`GET /path`, without the query, which may hold secrets."""
     head = exchange.head
     path = head.raw_path.decode("ascii", "backslashreplace")
-    return escape(f"{head.method} {path if len(path) <= PATH_MAX else path[:PATH_MAX] + '...'}")
+    return escape(f"{_cut(head.method, METHOD_MAX)} {_cut(path, PATH_MAX)}")
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[:most] + "..."
 
 
 def oldest(connections: Iterable[Connection]) -> list[Any] | None:
@@ -74,7 +79,9 @@ class Inquiry:
         what = str(message.get("what"))
         make = self._answers.get(what)
         answer = make() if make is not None else {"error": f"this version knows nothing of {what}"}
-        self._channel.send({"t": "answer", "id": message.get("id"), **answer})
+        told = {"t": "answer", "id": message.get("id")}
+        if not self._channel.send({**told, **answer}):
+            self._channel.send({**told, "error": "the answer is too large for a message"})
 
     def tell_code(self, app: str) -> None:
         """Find out what code this is, beside the event loop, and tell the arbiter."""
@@ -133,7 +140,7 @@ def describe_connection(connection: Connection, now: float) -> dict[str, Any]:
 
 def _stays(connection: Connection) -> str:
     """Why it would not move in a reload at this moment, empty if it would."""
-    if connection.transport.get_extra_info("sslcontext") is not None:
+    if connection.fixed:
         return "TLS"
     if connection.websocket is not None:
         return "its path says close" if connection.websocket.policy is Policy.CLOSE else ""
