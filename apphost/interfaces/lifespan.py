@@ -40,6 +40,8 @@ class Lifespan:
         if self._task is None or self.state is None:
             return
         assert self._stopped is not None
+        loop = asyncio.get_running_loop()
+        end = loop.time() + timeout
         if not self._task.done():
             self._events.put_nowait({"type": "lifespan.shutdown"})
             waiting: set[asyncio.Future[Any]] = {self._stopped, self._task}
@@ -49,7 +51,7 @@ class Lifespan:
             if failure is not None:
                 self._log.error(f"{self._worker}: the lifespan shutdown of the application failed: {failure}")
             # The application may have a little left to do after its last event, such as leaving a context manager.
-            await asyncio.wait({self._task}, timeout=timeout)
+            await asyncio.wait({self._task}, timeout=max(0.0, end - loop.time()))
         elif not self._task.done():
             self._log.error(f"{self._worker}: the lifespan shutdown took longer than {timeout:.1f} s and was cancelled")
         self._task.cancel()
