@@ -19,6 +19,13 @@ from apphost.worker.introduction import Introductions
 BATCH = 4  # accepts a turn of the loop: enough to keep up, few enough that the other workers get their share
 EXHAUSTED_PAUSE = 1.0  # s without accepting after the system said that it has no descriptors or memory
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+# accept(2): Linux reports errors of the network that befell the new connection, and firewalls refuse with EPERM. They
+# are about that connection alone, which is gone then.
+_LOST = {
+    errno.ECONNABORTED, errno.EPERM, errno.ENETDOWN, errno.EPROTO, errno.ENOPROTOOPT, errno.EHOSTDOWN,
+    errno.EHOSTUNREACH, errno.EOPNOTSUPP, errno.ENETUNREACH, errno.ETIMEDOUT,
+    *([errno.ENONET] if hasattr(errno, "ENONET") else []),  # not on macOS
+}  # fmt: skip
 
 
 class Acceptor:
@@ -92,9 +99,10 @@ class Acceptor:
             sock, address = self._listener.accept()
         except (BlockingIOError, InterruptedError):
             return False
-        except ConnectionAbortedError:
-            return True  # gone before we came
         except OSError as exc:
+            if exc.errno in _LOST:
+                self._log.debug(f"a connection ended before it was accepted: {exc.strerror}")
+                return True
             if exc.errno not in _EXHAUSTED:
                 raise
             self._log.warning(f"cannot accept connections: {exc.strerror}; the next try is in {EXHAUSTED_PAUSE:.0f} s")
