@@ -9,6 +9,7 @@ import random
 import resource
 import socket
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,6 +20,7 @@ from apphost.protocols.capsule import VERSION, Capsule
 from apphost.protocols.http1 import Connection
 from apphost.protocols.wire import Phase
 from apphost.worker.handover import ANSWER_TIMEOUT, IN_FLIGHT_MAX
+from apphost.worker.server import Server
 from tests.handover_stage import Client, Side, Stage, Theatre, messages, moving, request, turns, until
 
 CAPSULE = Capsule(("127.0.0.1", 4711), ("127.0.0.1", 80), "http", 0, 60.0, False, b"")
@@ -503,7 +505,7 @@ def test_a_client_that_leaves_on_the_way_is_gone(theatre: Theatre, after: str) -
             await until(lambda: old.sender is not None and old.sender.moved)
         client.sock.close()
         await until(lambda: not old.connections and not new.connections)
-        await until(lambda: not any(receiver.busy for receiver in new.receivers))
+        await until(lambda: not any(receiver.coming for receiver in new.receivers))
 
     theatre(play)
 
@@ -650,6 +652,24 @@ def test_without_room_or_with_a_number_twice_it_refuses(theatre: Theatre) -> Non
     theatre(play)
 
 
+def test_what_was_prepared_takes_room_before_it_is_committed(theatre: Theatre) -> None:
+    """`limit_connections`: a draining worker offers up to 64 at once, which must not all find the last free place."""
+
+    async def play(stage: Stage) -> None:
+        new, channel = await _receiver(stage)
+        (receiver,) = new.receivers
+        worker = SimpleNamespace(
+            acceptors=[], receivers=[receiver], context=new.context, settings=SimpleNamespace(limit_connections=1)
+        )
+        receiver._has_room = lambda: Server._has_room(worker)  # type: ignore[arg-type]
+        offer(stage, channel, MOVE)
+        assert (await messages(channel))[0][0]["t"] == "prepared"
+        offer(stage, channel, {**MOVE, "id": 2})
+        assert (await messages(channel))[0][0]["t"] == "refused"
+
+    theatre(play)
+
+
 @pytest.mark.parametrize("end", ["cancel", "death", "nonsense", "half a message"])
 def test_the_receiver_closes_what_was_not_committed(theatre: Theatre, end: str) -> None:
     async def play(stage: Stage) -> None:
@@ -659,7 +679,7 @@ def test_the_receiver_closes_what_was_not_committed(theatre: Theatre, end: str) 
         await client.send(request())
         await messages(channel)
         await turns()
-        assert receiver.busy
+        assert receiver.coming
         assert stage.calls == [], "it was read before COMMIT"
         if end == "cancel":
             answer(channel, "cancel", 1)
@@ -669,7 +689,7 @@ def test_the_receiver_closes_what_was_not_committed(theatre: Theatre, end: str) 
             channel.sock.send(encode({"t": "commit", "id": 1})[:-1] if end == "half a message" else b"")
             channel.close()
         assert await client.ended()
-        assert not receiver.busy
+        assert not receiver.coming
         await until(lambda: bool(new.receivers) == (end == "cancel"))
         assert not new.connections
 
@@ -727,7 +747,7 @@ def test_a_descriptor_that_is_no_socket_does_no_harm(theatre: Theatre) -> None:
         await messages(channel)
         answer(channel, "commit", 2)
         assert (await client.ask()).side == "new"
-        await until(lambda: not any(receiver.busy for receiver in new.receivers))
+        await until(lambda: not any(receiver.coming for receiver in new.receivers))
 
     theatre(play)
 
@@ -835,7 +855,9 @@ class Wanderings:
                 assert source.sender is not None
                 source.sender.add(ours)
             await self._wait()
-            if fault in ("receiver ends", "two") and not receivers[0].busy:  # as a worker does at the end of its drain
+            if (
+                fault in ("receiver ends", "two") and not receivers[0].coming
+            ):  # as a worker does at the end of its drain
                 receivers[0].close()
                 target.receivers.discard(receivers[0])
             target.room = target.room or fault == "late room"
@@ -852,7 +874,7 @@ class Wanderings:
         """Wait until no connection is on its way; False at the end."""
         source.context.on_idle = None  # else one that has become idle may be on its way when the sender is closed
         await until(
-            lambda: not any(map(moving, source.connections)) and not any(each.busy for each in target.receivers),
+            lambda: not any(map(moving, source.connections)) and not any(each.coming for each in target.receivers),
             f"an end of the moves, {fault}",
         )
         for side in self.sides:

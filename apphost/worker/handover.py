@@ -264,13 +264,13 @@ class Receiver:
         self._has_room = has_room
         self._on_end = on_end
         self._prepared: dict[int, tuple[int, Capsule]] = {}
-        self.opening: set[asyncio.Task[None]] = set()
+        self._opening: set[asyncio.Task[None]] = set()
         loop.add_reader(self._channel.fileno(), self._readable)
 
     @property
-    def busy(self) -> bool:
-        """Whether a connection is on its way to this worker."""
-        return bool(self._prepared or self.opening)
+    def coming(self) -> int:
+        """Connections on their way to this worker."""
+        return len(self._prepared) + len(self._opening)
 
     def _readable(self) -> None:
         try:
@@ -334,8 +334,8 @@ class Receiver:
         if prepared is not None:
             self._context.adopted += 1
             task = self._loop.create_task(self._open(*prepared))
-            self.opening.add(task)
-            task.add_done_callback(self.opening.discard)
+            self._opening.add(task)
+            task.add_done_callback(self._opening.discard)
 
     async def _open(self, fd: int, capsule: Capsule) -> None:
         try:

@@ -68,7 +68,6 @@ class Server:
         self.loop = loop
         self.hooks = hooks
         self.state = State.BOOTING
-        self.reason = ""
         self.deadline = 0.0  # loop time by which the drain must be over
         self.context = self._make_context(parser)
         self.acceptors: list[Acceptor] = []
@@ -268,7 +267,7 @@ class Server:
 
     def _has_room(self) -> bool:
         opening = sum(len(acceptor.opening) for acceptor in self.acceptors)
-        opening += sum(len(receiver.opening) for receiver in self.receivers)
+        opening += sum(receiver.coming for receiver in self.receivers)
         return len(self.context.connections) + opening < self.settings.limit_connections
 
     def _connection_closed(self) -> None:
@@ -418,7 +417,7 @@ class Server:
 
     def _check_drained(self) -> None:
         """Set `drained` when nothing is left to finish."""
-        opening = any(acceptor.opening for acceptor in self.acceptors) or any(each.busy for each in self.receivers)
+        opening = any(acceptor.opening for acceptor in self.acceptors) or any(each.coming for each in self.receivers)
         busy = self.pool is not None and self.pool.busy
         if not self.context.connections and not self.context.active and not opening and not busy:
             self.drained.set()
