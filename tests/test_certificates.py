@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import ssl
 import subprocess
 from collections.abc import Callable
@@ -283,3 +284,33 @@ def test_file_that_may_not_be_read_any_more(watched: tuple[Pki, Tls, Lines], mon
         look(tls, lambda: pki.issue("local", "127.0.0.1"))
     (line,) = log.lines
     assert line.endswith("send USR1 to have them taken")
+
+
+def test_a_look_that_fails_is_not_the_last_one(
+    watched: tuple[Pki, Tls, Lines], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever goes wrong with the files is said, and what comes after is taken."""
+    pki, tls, log = watched
+    pki.issue("local", "127.0.0.1")
+    good, attempts = certificates.load, iter([OSError(5, "Input/output error")])
+
+    def flaky(*given: Any) -> Any:
+        for exc in attempts:
+            pki.issue("local", "127.0.0.1")
+            raise exc
+        return good(*given)
+
+    async def main() -> None:
+        monkeypatch.setattr(tls, "_settings", dataclasses.replace(tls._settings, tls_watch_interval=0.01))
+        tls.start(asyncio.get_running_loop())
+        deadline = asyncio.get_running_loop().time() + 10
+        while len(log.lines) < 2 and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.01)
+        tls.stop()
+
+    monkeypatch.setattr(certificates, "load", flaky)
+    monkeypatch.setattr(certificates, "_hush_odd_names", lambda: None)  # it is for the whole process
+    asyncio.run(main())
+    assert log.lines[0].startswith("error worker 1 keeps the certificates that it has: OSError")
+    assert log.lines[1].startswith("info worker 1 has taken the changed certificates")
+    assert served(tls) == pki.leaf("local")

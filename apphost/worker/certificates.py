@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from apphost.errors import ApphostError, SettingsError
+from apphost.errors import ApphostError, SettingsError, user_traceback
 from apphost.logs import Log
 from apphost.protocols.tls import ServerContext, explain
 from apphost.settings import Settings
@@ -275,7 +275,10 @@ class Tls:
 
     async def _look_again_and_again(self) -> None:
         while True:
-            await self._look()
+            try:
+                await self._look()
+            except Exception as exc:  # whatever the files are like, the next look may find them mended
+                self._log.error(f"{self._name} keeps the certificates that it has: {exc!r}", user_traceback(exc))
             await asyncio.sleep(self._settings.tls_watch_interval)
 
     async def _look(self) -> None:
