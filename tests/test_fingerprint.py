@@ -53,6 +53,17 @@ def test_files_that_are_gone_and_modules_that_lie(tmp_path: Path) -> None:
     assert fingerprint("gone:app", {}) == {"hash": fingerprint("x", {})["hash"], "files": 0}
 
 
+def test_a_module_that_is_imported_when_it_is_looked_at_and_fails(tmp_path: Path) -> None:
+    class Lazy(ModuleType):
+        def __getattr__(self, name: str) -> object:
+            raise ImportError(f"{name}: the extra that this needs is not installed")
+
+    found = modules(tmp_path, app="x = 1")
+    found["lazy"] = Lazy("lazy")
+    del found["lazy"].__spec__
+    assert fingerprint("app:app", found)["files"] == 1
+
+
 def git(folder: Path, *args: str) -> str:
     name = ("-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "init.defaultBranch=main")
     return subprocess.run(["git", *name, *args], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()

@@ -48,13 +48,20 @@ def _own_files(modules: Mapping[str, ModuleType]) -> Iterable[tuple[str, str]]:
     foreign = [os.path.realpath(path) for path in {sysconfig.get_path(name) for name in names} if path]
     foreign.append(os.path.dirname(os.path.realpath(apphost.__file__)))
     for name, module in modules.items():
-        file = getattr(module, "__file__", None)
+        file = _file(module)
         if not isinstance(file, str) or name == "__main__":
             continue
         path = os.path.realpath(file)
         if "site-packages" in path or "dist-packages" in path or path.startswith(tuple(f + os.sep for f in foreign)):
             continue
         yield name, path
+
+
+def _file(module: ModuleType) -> object:
+    try:
+        return getattr(module, "__file__", None)
+    except Exception:  # one that is imported when it is first looked at, and cannot be
+        return None
 
 
 def _read(path: str) -> bytes:
