@@ -63,8 +63,3 @@ class Deadlines(Generic[T]):
                 else:
                     self.watch(item)
         return expired
-
-    def next_due(self) -> float | None:
-        """When `due` is worth calling, or None while nothing is watched."""
-        slot = min((slot for slot, bucket in self._buckets.items() if bucket), default=None)
-        return None if slot is None else slot * RESOLUTION
