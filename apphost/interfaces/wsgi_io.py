@@ -281,7 +281,7 @@ def _copy(request: WsgiRequest, sock: int, head: bytes, fd: int, offset: int, co
         except BlockingIOError:
             _wait_writable(request, writable, time.monotonic() + request.stream.context.timeouts.write)
             continue
-        except (BrokenPipeError, ConnectionResetError):
+        except (ConnectionError, TimeoutError):  # the latter: nothing was acknowledged for long (tcp(7), ETIMEDOUT)
             request.gone = True  # the loop may not have noticed yet
             raise ClientDisconnected("the client has closed the connection") from None
         if sent == 0:
