@@ -188,7 +188,7 @@ class ForkServer:
 
     def _obey(self, message: Message, fds: list[int]) -> tuple[Assignment, Channel] | None:
         if message["t"] == "prepare":
-            _preimport(str(message["http"]), str(message["loop"]), ahead=True)
+            _preimport(str(message["http"]), str(message["loop"]))
         elif message["t"] == "config":
             self._configure(message)
         elif message["t"] == "spawn":
@@ -354,10 +354,10 @@ def _prepare_workers(settings: Settings, log_config: LogConfig | None, log: Log)
     return app
 
 
-def _preimport(http: str, loop: str, ahead: bool = False) -> None:
+def _preimport(http: str, loop: str) -> None:
     from apphost.worker.loading import preimport
 
-    preimport(http, loop, ahead)
+    preimport(http, loop)
 
 
 def _settings_to_show(message: Message) -> Settings:

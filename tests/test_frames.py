@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import operator
+import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
@@ -625,8 +626,28 @@ def test_unmask_of_all_sizes(unmask: Unmask, size: int, key: bytes) -> None:
 def test_fastest_is_the_compiled_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test requirements have it; where it is not installed it is that in Python, which all others here use."""
     assert fastest() is apply_mask
+    assert sys.modules["websockets.speedups"].apply_mask is apply_mask, "what is imported already is left as it is"
     monkeypatch.setitem(sys.modules, "websockets.speedups", None)
     assert fastest() is unmask
+
+
+_ALONE = """
+import sys
+from apphost.protocols import masking
+from apphost.worker import server
+before = set(sys.modules)
+fast = masking.fastest()
+print(fast is not masking.unmask, fast(b"abcdef", b"1234") == masking.unmask(b"abcdef", b"1234"))
+print(sorted(name for name in sys.modules if name.startswith("websockets")))
+import websockets.speedups
+print(websockets.speedups.apply_mask(b"abcdef", b"1234") == fast(b"abcdef", b"1234"))
+"""
+
+
+def test_the_compiled_one_comes_without_its_package() -> None:
+    """And an application may import that as ever."""
+    done = subprocess.run([sys.executable, "-c", _ALONE], capture_output=True, text=True, check=True)
+    assert done.stdout == "True True\n[]\nTrue\n"
 
 
 @pytest.mark.parametrize("size", [0, 5, 125, 126, 4000, 65536])

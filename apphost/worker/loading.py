@@ -207,16 +207,14 @@ def choose_loop(wanted: str) -> tuple[str, Any]:
     return "asyncio", asyncio.new_event_loop()
 
 
-def preimport(http: str, loop: str, ahead: bool = False) -> None:
+def preimport(http: str, loop: str) -> None:
     """Import what every worker runs, parser and loop included, so that workers forked later find it in memory.
 
-    ahead: there is time for what only some of them need. What makes WebSockets faster takes a tenth of a boot.
     What is missing is said by the worker that misses it.
     """
     names = ["apphost.worker.main", "apphost.interfaces.asgi", "apphost.interfaces.wsgi"]
     names += ["apphost.protocols.h11_parser"] if http == "h11" else ["apphost.protocols.httptools_parser"]
     names += ["uvloop"] if loop in ("auto", "uvloop") else []
-    names += ["websockets.speedups"] if ahead else []
     for name in names:
         try:
             importlib.import_module(name)
