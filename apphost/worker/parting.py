@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 
 from apphost.lifecycle import Policy
 from apphost.protocols.http1 import Connection
@@ -35,36 +35,41 @@ class Parting:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._steps: list[asyncio.TimerHandle] = []
+        self._steps: dict[WebSocket, asyncio.TimerHandle] = {}  # of those whose turn has not come
         self._ways = Ways.CLOSE
         self._seconds = 0.0
 
     def plan(self, connections: Iterable[Connection], ways: Ways, seconds: float) -> None:
         """Have all go within `seconds`."""
-        for step in self._steps:
+        for step in self._steps.values():
             step.cancel()
+        self._steps.clear()
         self._ways, self._seconds = ways, seconds
         sockets = [each.websocket for each in connections if each.websocket is not None and each.websocket.open]
         moving = [socket for socket in sockets if self._moves(socket)]
         closing = [socket for socket in sockets if not self._moves(socket)]
-        self._steps = [*self._spread(moving, MOVE_PACE), *self._spread(closing, CLOSE_PACE)]
+        self._spread(moving, MOVE_PACE)
+        self._spread(closing, CLOSE_PACE)
 
     def add(self, connection: Connection) -> None:
         """One more; or one that nobody has taken, which does not matter unless the plan has changed."""
         if connection.websocket is not None:
-            self._steps += self._spread([connection.websocket], 0.0)
+            self._spread([connection.websocket], 0.0)
 
     def _moves(self, socket: WebSocket) -> bool:
         return self._ways is Ways.MOVE and socket.policy is not Policy.CLOSE
 
-    def _spread(self, sockets: list[WebSocket], pace: float) -> Iterator[asyncio.TimerHandle]:
+    def _spread(self, sockets: Sequence[WebSocket], pace: float) -> None:
         if self._ways is Ways.END:
             pace = 0.0
         pace = min(pace, self._seconds * SHARE / max(len(sockets), 1))
         for number, socket in enumerate(sockets):
-            yield self._loop.call_later(number * pace, self._go, socket)
+            if (step := self._steps.get(socket)) is not None:
+                step.cancel()
+            self._steps[socket] = self._loop.call_later(number * pace, self._go, socket)
 
     def _go(self, socket: WebSocket) -> None:
+        del self._steps[socket]
         if self._moves(socket):
             share = self._seconds * SHARE
             socket.leave(min(PATIENCE, share), share)
