@@ -94,14 +94,17 @@ class Channel:
     """One end of a channel: a non-blocking socket, a decoder, and what could not be sent yet.
 
     `send` and `flush` never block and never raise for a peer that is gone (end of file tells, through `receive`). What
-    the peer does not read is kept, up to `MAX_MESSAGE` bytes; beyond that the peer is stuck and `send` answers False
-    without queueing.
+    the peer does not read is kept, up to `MAX_MESSAGE` bytes; beyond that the peer is stuck, and what does not fit is
+    not taken.
+
+    gone: sending has found that the peer is.
     """
 
     def __init__(self, sock: socket.socket, rest: bytes = b"") -> None:
         """`rest`: the beginning of a message, read by whoever had this end before."""
         sock.setblocking(False)
         self.sock = sock
+        self.gone = False
         self._decoder = Decoder(rest)
         self._unsent: deque[tuple[bytes, list[int]]] = deque()
         self._unsent_size = 0
@@ -120,7 +123,9 @@ class Channel:
         return bool(self._unsent)
 
     def send(self, message: Message, fds: list[int] | None = None) -> bool:
-        """Send `message`; the descriptors stay the caller's until this returns True (they are duplicated if queued)."""
+        """Send `message`, or keep it until the peer reads; whether it was taken. If not, the peer is `gone`, or there
+        is no room. The descriptors stay the caller's: those that are kept are duplicates.
+        """
         fds = fds or []
         data = encode({**message, "fds": len(fds)} if fds else message)
         if self._unsent_size + len(data) > MAX_MESSAGE:
@@ -139,6 +144,7 @@ class Channel:
             except (BlockingIOError, InterruptedError):
                 return True
             except OSError:
+                self.gone = True
                 self._drop_unsent()
                 return False
             self._unsent.popleft()

@@ -652,6 +652,26 @@ def test_without_room_or_with_a_number_twice_it_refuses(theatre: Theatre) -> Non
     theatre(play)
 
 
+def test_a_connection_that_fits_no_message_stays_and_the_others_move(
+    theatre: Theatre, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("apphost.messages.MAX_MESSAGE", 2000)
+
+    async def play(stage: Stage) -> None:
+        old, new = stage.side("old"), stage.side("new")
+        large, stays = await stage.client(old)
+        await large.send(request("/" + "x" * 3000)[:-1])
+        await until(lambda: stays.phase is Phase.HEAD)
+        small, _ = await stage.client(old)
+        stage.connect(old, new)
+        assert (await small.ask()).side == "new"
+        await large.send(b"\n")
+        assert (await large.answer()).side == "old"
+        assert old.failed == 0
+
+    theatre(play)
+
+
 def test_what_was_prepared_takes_room_before_it_is_committed(theatre: Theatre) -> None:
     """`limit_connections`: a draining worker offers up to 64 at once, which must not all find the last free place."""
 

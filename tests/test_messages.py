@@ -344,6 +344,7 @@ def test_a_message_that_no_peer_would_accept_is_refused(pair: tuple[Channel, Cha
     left, right = pair
     assert left.send({"t": "x", "x": "x" * MAX_MESSAGE}) is False
     assert not left.blocked
+    assert not left.gone
     assert left.send({"t": "beat"})
     assert drain(right) == [({"t": "beat"}, [])]
 
@@ -351,7 +352,9 @@ def test_a_message_that_no_peer_would_accept_is_refused(pair: tuple[Channel, Cha
 def test_a_peer_that_is_gone_is_told_by_end_of_file_and_false(pair: tuple[Channel, Channel]) -> None:
     left, right = pair
     right.close()
+    assert not left.gone
     assert left.send({"t": "beat"}) is False
+    assert left.gone
     assert left.flush() is True, "nothing is left to send"
     assert not left.blocked
     assert left.receive() is None

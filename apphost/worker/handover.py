@@ -147,6 +147,10 @@ class Sender:
             self._log.debug(f"{self._name}: a connection cannot move now: {exc.strerror}")
             self._keep(connection)
             return True
+        if not sent and not successor.channel.gone:
+            self._log.debug(f"{self._name}: a connection cannot move now: there is no room for it in the channel")
+            self._keep(connection)
+            return True
         successor.in_flight[number] = _Offer(connection, capsule, self._loop.time())
         if not sent:
             self._lose(successor, "is gone")
