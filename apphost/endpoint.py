@@ -1,4 +1,4 @@
-"""Where an arbiter's control socket is and who is at its other end: what the arbiter and its commands must agree on.
+"""Where an arbiter's control socket is and who may command there: what the arbiter and its commands must agree on.
 
 On Linux the socket is an abstract one (unix(7)): it needs no file system and ends with its process. Its name is
 `\\0apphost/PID/TOKEN`, PID as the arbiter sees itself. Abstract names belong to the network namespace, which containers
@@ -12,10 +12,11 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import struct
 import sys
 from collections.abc import Iterator
 from typing import NamedTuple
+
+from apphost.peers import Peer
 
 AUTO, OFF = "auto", "off"
 PREFIX = "apphost/"
@@ -24,16 +25,6 @@ LINE_MAX = 8192  # bytes of a request; the longest real one has some 100
 _TRIES = 8  # names; the second is random already, so more than two are needed by bad luck only
 _LISTENING = 0x10000  # __SO_ACCEPTCON in the flags of /proc/net/unix
 _OVERFLOW_UID = 65534  # the default of /proc/sys/kernel/overflowuid: how a user of another user namespace is shown
-
-
-class Peer(NamedTuple):
-    """Who is at the other end. pid: 0 where it is not known, or not visible from our pid namespace."""
-
-    pid: int
-    uid: int
-
-    def __str__(self) -> str:
-        return f"uid {self.uid}, pid {self.pid}" if self.pid else f"uid {self.uid}"
 
 
 class Found(NamedTuple):
@@ -46,21 +37,6 @@ class Found(NamedTuple):
 def abstract_sockets() -> bool:
     """Whether the system has abstract sockets."""
     return sys.platform.startswith("linux")
-
-
-def peer_of(sock: socket.socket) -> Peer | None:
-    """Of a connected Unix socket; None where the system does not tell. For the client: who called `listen`."""
-    try:
-        if hasattr(socket, "SO_PEERCRED"):
-            pid, uid, _gid = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-            return Peer(pid, uid)
-        if sys.platform == "darwin":
-            # LOCAL_PEERCRED of SOL_LOCAL, a struct xucred: version, uid, groups; and LOCAL_PEERPID (sys/un.h).
-            _version, uid = struct.unpack_from("=II", sock.getsockopt(0, 0x001, 76))
-            return Peer(int(sock.getsockopt(0, 0x002)), uid)
-    except (OSError, struct.error):
-        pass
-    return None
 
 
 def may_command(peer: Peer | None) -> bool:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from apphost import endpoint
-from apphost.endpoint import Found, Peer, listed, may_command, open_abstract, peer_of
+from apphost.endpoint import Found, listed, may_command, open_abstract
 from apphost.operate.client import Discovered, Target, choose
+from apphost.peers import Peer, peer_of
 from tests.support import linux
 
 TABLE = """Num       RefCount Protocol Flags    Type St Inode Path

@@ -81,7 +81,7 @@ ALLOWED = {
     "interfaces": {"errors", "logs", "protocols", "values", "lifecycle"},
     "protocols": {"errors", "logs", "values", "lifecycle"},
     "forkserver": _SHARED | {"worker"},
-    "operate": {"endpoint", "errors", "logs", "settings", "values"},
+    "operate": {"endpoint", "errors", "logs", "peers", "settings", "values"},
     "hookrunner": _SHARED | {"forkserver"},
     "hooks": {"errors", "settings"},
     "messages": set(),
@@ -95,7 +95,7 @@ ALLOWED = {
     "sockets": {"errors"},
     "privileges": {"errors"},
     "peers": set(),
-    "endpoint": set(),
+    "endpoint": {"peers"},
     "settings": {"checks", "errors", "values", "cpu", "sockets", "privileges", "endpoint"},
     "sources": {"settings", "errors", "values"},
 }

@@ -25,9 +25,10 @@ from apphost.arbiter.history import History
 from apphost.arbiter.jobs import Ask, Job, Rollout, Stop, UpgradeWait
 from apphost.arbiter.services import Happening
 from apphost.arbiter.status import status
-from apphost.endpoint import AUTO, BACKLOG, LINE_MAX, OFF, Peer, abstract_sockets, may_command, open_abstract, peer_of
+from apphost.endpoint import AUTO, BACKLOG, LINE_MAX, OFF, abstract_sockets, may_command, open_abstract
 from apphost.errors import AddressError, nearest
 from apphost.logs import Log
+from apphost.peers import Peer, peer_of
 from apphost.settings import SETTINGS, Settings
 from apphost.sockets import Address, Identity, identify, open_listeners
 

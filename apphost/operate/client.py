@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from apphost.endpoint import AUTO, OFF, Peer, abstract_sockets, find_abstract, peer_of
+from apphost.endpoint import AUTO, OFF, abstract_sockets, find_abstract
 from apphost.errors import ApphostError, GoneError, TimedOutError, UnreachableError
+from apphost.peers import Peer, peer_of
 from apphost.settings import ENV_PREFIX
 
 CONNECT_TIMEOUT = 5.0  # s; the kernel connects at once unless the arbiter's backlog is full

@@ -12,11 +12,11 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from apphost.endpoint import peer_of
 from apphost.errors import ApphostError, GivenUpError, GoneError, SupersededError, TimedOutError
 from apphost.logs import escape
 from apphost.operate import render
 from apphost.operate.client import Ended, Line, Session, Target, follow, open_session, sessions
+from apphost.peers import peer_of
 from apphost.settings import SETTINGS
 
 _HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
