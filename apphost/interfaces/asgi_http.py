@@ -6,12 +6,12 @@ import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote_to_bytes
 
 from apphost.errors import user_traceback
 from apphost.logs import show_target
 from apphost.protocols.base import ClientDisconnected, ResponseError, Stream
 from apphost.protocols.response import ResponseHead
+from apphost.protocols.strict import decode_path
 
 if TYPE_CHECKING:
     from apphost.interfaces.asgi import AsgiInterface
@@ -198,7 +198,7 @@ def http_scope(stream: Stream, root_path: str, state: dict[str, Any] | None) -> 
     raw_path = head.raw_path
     path = raw_path.decode("ascii")
     if "%" in path:
-        path = unquote_to_bytes(raw_path).decode("utf-8", "replace")
+        path = decode_path(raw_path)
     if root_path and raw_path != b"*":
         path, raw_path = add_root_path(root_path, path, raw_path)
     scope = {

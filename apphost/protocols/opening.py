@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
-from urllib.parse import unquote_to_bytes
 
 from apphost.lifecycle import Policy
 from apphost.protocols.base import Handler, RequestHead, ResponseError
@@ -12,7 +11,7 @@ from apphost.protocols.capsule import Socket
 from apphost.protocols.deflate import Deflate, negotiate
 from apphost.protocols.exchange import NOBODY, Exchange, Progress
 from apphost.protocols.handshake import Handshake, accept_response
-from apphost.protocols.strict import examine
+from apphost.protocols.strict import decode_path, examine
 from apphost.protocols.websocket import WebSocket, WebSocketOptions
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ class Opening:
         self.head = exchange.head
         self.policy = Policy.CLOSE
         if not exchange.connection.fixed:
-            self.policy = self.options.policy(unquote_to_bytes(exchange.head.raw_path).decode("utf-8", "replace"))
+            self.policy = self.options.policy(decode_path(exchange.head.raw_path))
         self.rejoined: WebSocket | None = None
         self.state: bytes | None = None
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import dataclass, field
+from urllib.parse import unquote_to_bytes
 
 from apphost.protocols.base import BadRequest, Headers, RequestHead
 
@@ -136,6 +137,11 @@ def is_host(value: bytes) -> bool:
     except ValueError:
         return False
     return True
+
+
+def decode_path(raw_path: bytes) -> str:
+    """The path as text: percent-decoded, then UTF-8, with U+FFFD for what is none (the ASGI spec leaves that open)."""
+    return unquote_to_bytes(raw_path).decode("utf-8", "replace")
 
 
 def is_field_line(line: bytes) -> bool:
