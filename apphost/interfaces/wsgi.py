@@ -1,8 +1,9 @@
 """WSGI (PEP 3333): calls the application in a thread beside the event loop.
 
 A request is given to a thread only when its body is there, or so much of it that the client is not a slow one; the rest
-is streamed then, and may take no more than half of the threads. So slow clients cannot take the threads from others. A
-response of one block, which most are, comes back to the loop as one message.
+is streamed then, and may take no more than half of the threads. So slow uploads cannot take the threads from others. A
+response of one block, which most are, comes back to the loop as one message, and its thread is free; one of many blocks
+keeps its thread until the client has read nearly all of it, since an application that runs cannot be set aside.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class TooLong(ResponseError):
 
 
 class WsgiInterface:
-    """Serves streams with a WSGI application on the threads of `pool`."""
+    """Serves streams with a WSGI application on the threads of `pool`. `uploads`: shared by all that use the pool."""
 
     name = "wsgi"
     websockets = False
@@ -66,6 +67,7 @@ class WsgiInterface:
         multithread: bool = True,
         multiprocess: bool = False,
         worker: str = "worker",
+        uploads: Uploads | None = None,
     ) -> None:
         self.app = app
         self.pool = pool
@@ -75,7 +77,7 @@ class WsgiInterface:
         self.root_path = root_path
         self.errors = ErrorLog(log, worker)
         self.base = base_environ(root_path, self.errors, multithread=multithread, multiprocess=multiprocess)
-        self.uploads = Uploads(max(1, len(pool.threads) // 2))
+        self.uploads = uploads or Uploads.of(pool)
 
     def handle(self, stream: Stream) -> WsgiRequest:
         request = self.request_type(self, stream)
@@ -87,6 +89,10 @@ class WsgiInterface:
 class Uploads:
     """Streamed bodies take turns: `most` of them have a thread at a time, as each may wait in it for its client. One
     that is complete before its turn comes needs none."""
+
+    @classmethod
+    def of(cls, pool: ThreadPool) -> Uploads:
+        return cls(max(1, len(pool.threads) // 2))
 
     def __init__(self, most: int) -> None:
         self._free = most

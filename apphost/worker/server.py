@@ -188,8 +188,11 @@ class Server:
         if self.context.access_log is not None and needs_queue(self._access_log_format()):
             factory = timed(factory)
         if name == "wsgi":
+            from apphost.interfaces.wsgi import Uploads
+
             self.pool = self._make_pool()
             options |= {"multithread": settings.threads > 1, "multiprocess": settings.workers > 1}
+            options["uploads"] = Uploads.of(self.pool)  # one for all prefixes
             self._mount(partial(factory, app, self.pool, self.log, self.context.active, **options))
             return None
         lifespan = None

@@ -211,6 +211,23 @@ def test_slow_large_uploads_leave_threads_to_others(probe: Server, framing: str,
             assert json.loads(client.read_response().body) == [len(body), hashlib.sha256(body).hexdigest()]
 
 
+def test_slow_uploads_below_several_prefixes_leave_threads_to_others() -> None:
+    """G5: half of the threads are meant in all, however many prefixes a proxy tells of."""
+    options = ("--threads", "2", "--trusted-proxies", "127.0.0.1", "--forwarded-fields", "for,prefix")
+    with Server("tests.process.wsgi_probe:app", *options) as server, ExitStack() as stack:
+        clients = [stack.enter_context(RawClient(server.port)) for _ in range(4)]
+        for number, client in enumerate(clients):
+            prefix = ("X-Forwarded-Prefix", f"/p{number}")
+            client.send(head("length", target("/digest", size=10), 100_000, prefix) + bytes(70_000))
+        for _ in range(4):
+            ask(server, "/pid")
+        for client in clients:
+            client.send(bytes(30_000))
+        for client in clients:
+            assert json.loads(client.read_response().body) == [100_000, hashlib.sha256(bytes(100_000)).hexdigest()]
+        assert server.stop() == 0
+
+
 @pytest.mark.parametrize("framing", ["length", "chunked"])
 @pytest.mark.parametrize("half", [False, True], ids=["closes", "half-closes"])
 def test_client_leaves_a_streamed_upload(probe: Server, key: str, framing: str, half: bool) -> None:
