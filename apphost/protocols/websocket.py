@@ -26,7 +26,7 @@ from apphost.protocols.base import Handler
 from apphost.protocols.capsule import HEAD_MAX, SOCKET_MAX, Socket
 from apphost.protocols.deadlines import NEVER
 from apphost.protocols.deflate import Deflate
-from apphost.protocols.exchange import COPY_MAX, HIGH_WATER, NOBODY
+from apphost.protocols.exchange import HIGH_WATER, NOBODY
 from apphost.protocols.frames import (
     PING,
     PONG,
@@ -200,11 +200,7 @@ class WebSocket:
 
     def send(self, data: str | bytes) -> None:
         """Send one message. Only while open."""
-        header, payload = message_frame(data, self.deflate)
-        if len(payload) > COPY_MAX:
-            self.connection.write_many([header, payload])
-        else:
-            self.connection.transport.write(header + payload)
+        self.connection.write_framed(*message_frame(data, self.deflate))
 
     def close(self, code: int, reason: str = "") -> None:
         """Say the last word, and wait for the client's, for a while. Nothing happens unless it is open."""

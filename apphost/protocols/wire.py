@@ -14,7 +14,7 @@ from typing import Any
 from apphost.protocols.capsule import BYTES_MAX, Capsule
 from apphost.protocols.context import Context
 from apphost.protocols.deadlines import NEVER, RESOLUTION
-from apphost.protocols.exchange import Exchange
+from apphost.protocols.exchange import COPY_MAX, Exchange
 from apphost.protocols.websocket import WebSocket
 
 # That of asyncio has no back-pressure before 3.12.9 and 3.13.2 (CVE-2024-12254), and up to 3.14.0 it writes on after
@@ -111,6 +111,13 @@ class Wire(asyncio.Protocol, ABC):
             self.transport.write(b"".join(pieces))
         else:
             self.transport.writelines(pieces)
+
+    def write_framed(self, before: bytes, data: bytes, after: bytes = b"") -> None:
+        """`data` with its framing around it: copied together where it is small, else as it is."""
+        if len(data) > COPY_MAX:
+            self.write_many([piece for piece in (before, data, after) if piece])
+        else:
+            self.transport.write(before + data + after)
 
     # -- ends
 
