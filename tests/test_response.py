@@ -386,6 +386,9 @@ def _written(
         def write(self, data: bytes) -> None:
             self.out += data
 
+        def write_framed(self, before: bytes, data: bytes, after: bytes) -> None:
+            self.out += before + data + after
+
         def response_done(self, exchange: Exchange) -> None:
             assert exchange.complete
 

@@ -269,20 +269,16 @@ class Exchange(Stream):
         return not self.expect and (declared is None or declared <= DISCARD_MAX + self.buffered)
 
     def _write_body(self, out: bytes, data: bytes, size: int, more: bool) -> None:
-        connection = self.connection
         self.sent += size
+        after = b""
         if self._framing is _CHUNKED:
-            end = b"" if more else b"0\r\n\r\n"
-            if size > COPY_MAX:
-                connection.write_many([out + b"%x\r\n" % size, data, b"\r\n" + end])
-                return
-            out += (b"%x\r\n%b\r\n" % (size, data) if size else b"") + end
-            data = b""
-        elif size > COPY_MAX:
-            connection.write_many([out, data] if out else [data])
-            return
-        if out or data:
-            connection.write(out + data if out else data)
+            if size:
+                out += b"%x\r\n" % size
+                after = b"\r\n" if more else b"\r\n0\r\n\r\n"
+            elif not more:
+                after = b"0\r\n\r\n"
+        if out or size or after:
+            self.connection.write_framed(out, data, after)
 
     def with_fields(self, headers: Iterable[tuple[bytes, bytes]]) -> Iterable[tuple[bytes, bytes]]:
         """`headers` of an answer to the handshake of a WebSocket, with `fields`."""
