@@ -19,6 +19,7 @@ from apphost.protocols.h11_parser import H11Parser, read_with_connection
 from apphost.protocols.http1 import Connection
 from apphost.protocols.strict import Limits
 from tests.corpus import Outcome, Response, Seen
+from tests.transport import FakeTransport
 
 QUIET_TURNS = 8  # of the event loop without a sign of life: more than any chain of callbacks between two signs
 SLOW_TURNS = 12  # that a slow application lets pass before it answers
@@ -32,66 +33,6 @@ def make_parser(name: str) -> HeadParser:
     from apphost.protocols.httptools_parser import HttptoolsParser
 
     return HttptoolsParser()
-
-
-class FakeTransport(asyncio.Transport):
-    """A socket whose peer reads everything at once. `signs` counts what the server does."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, protocol: asyncio.Protocol) -> None:
-        super().__init__({"peername": ("127.0.0.1", 50000), "sockname": ("127.0.0.1", 8000)})
-        self.wire = b""
-        self.signs = 0
-        self.paused = self.closing = self.eof_written = self.aborted = self.lost = False
-        self.faults: list[str] = []
-        self._loop = loop
-        self._protocol = protocol
-
-    def write(self, data: Any) -> None:
-        self.signs += 1
-        if self.closing or self.eof_written:
-            self.faults.append(f"written after the end: {bytes(data)[:60]!r}")
-        self.wire += data
-
-    def writelines(self, list_of_data: Any) -> None:
-        self.write(b"".join(list_of_data))
-
-    def can_write_eof(self) -> bool:
-        return True
-
-    def write_eof(self) -> None:
-        self.signs += 1
-        self.eof_written = True
-
-    def close(self) -> None:
-        self.signs += 1
-        if not self.closing:
-            self.closing = True
-            self._loop.call_soon(self.lose)
-
-    def abort(self) -> None:
-        self.aborted = True
-        self.close()
-
-    def is_closing(self) -> bool:
-        return self.closing
-
-    def pause_reading(self) -> None:
-        self.paused = True
-
-    def resume_reading(self) -> None:
-        self.signs += 1
-        self.paused = False
-
-    def is_reading(self) -> bool:
-        return not self.paused and not self.closing
-
-    def get_write_buffer_size(self) -> int:
-        return 0
-
-    def lose(self) -> None:
-        if not self.lost:
-            self.lost = True
-            self._protocol.connection_lost(None)
 
 
 class Recorder:

@@ -21,6 +21,7 @@ from apphost.protocols.strict import Limits
 from apphost.protocols.websocket import WebSocket, WebSocketOptions
 from tests.corpus import Outcome, Seen
 from tests.corpus_driver import RecordingLog, make_parser, read_responses
+from tests.transport import FakeTransport
 
 CALLS_PER_BYTE = 4  # callbacks of the loop; a connection makes one for each pipelined request, and a few at its end
 CALLS_MAX = 64  # besides
@@ -51,63 +52,6 @@ class QuickLoop:
                 raise Hang
             call, args = calls.popleft()
             call(*args)
-
-
-class QuickTransport:
-    """A socket whose peer reads everything at once."""
-
-    def __init__(self, loop: QuickLoop) -> None:
-        self.written: list[bytes] = []
-        self.faults: list[str] = []
-        self.paused = self.closing = self.eof_written = self.aborted = self.lost = False
-        self._loop = loop
-        self.protocol: Any = None
-
-    def get_extra_info(self, name: str) -> Any:
-        return _EXTRA.get(name)
-
-    def write(self, data: bytes) -> None:
-        if self.closing or self.eof_written:
-            self.faults.append(f"written after the end: {bytes(data)[:60]!r}")
-        self.written.append(bytes(data))
-
-    def writelines(self, pieces: list[bytes]) -> None:
-        self.write(b"".join(pieces))
-
-    def get_write_buffer_size(self) -> int:
-        return 0
-
-    def can_write_eof(self) -> bool:
-        return True
-
-    def write_eof(self) -> None:
-        self.eof_written = True
-
-    def close(self) -> None:
-        if not self.closing:
-            self.closing = True
-            self._loop.call_soon(self.lose)
-
-    def abort(self) -> None:
-        self.aborted = True
-        self.close()
-
-    def is_closing(self) -> bool:
-        return self.closing
-
-    def pause_reading(self) -> None:
-        self.paused = True
-
-    def resume_reading(self) -> None:
-        self.paused = False
-
-    def lose(self) -> None:
-        if not self.lost:
-            self.lost = self.closing = True
-            self.protocol.connection_lost(None)
-
-
-_EXTRA = {"peername": ("127.0.0.1", 50000), "sockname": ("127.0.0.1", 8000)}
 
 
 class _Echo:
@@ -187,9 +131,9 @@ class QuickDriver:
         context.interface = self  # type: ignore[assignment]
         self.echoes = []
         self.socket = None
-        transport = QuickTransport(loop)
-        transport.protocol = connection = Connection(context)
-        connection.connection_made(cast(asyncio.Transport, transport))
+        connection = Connection(context)
+        transport = FakeTransport(loop, connection)
+        connection.connection_made(transport)
         self._feed(loop, connection, transport, pieces)
         if eof:
             self._end(connection, transport)
@@ -204,7 +148,7 @@ class QuickDriver:
         return self._outcome(context, transport, log, closed, ended)
 
     def _feed(
-        self, loop: QuickLoop, connection: Connection, transport: QuickTransport, pieces: Sequence[Sequence[bytes]]
+        self, loop: QuickLoop, connection: Connection, transport: FakeTransport, pieces: Sequence[Sequence[bytes]]
     ) -> None:
         for group in pieces:
             for piece in group:
@@ -216,16 +160,16 @@ class QuickDriver:
                     loop.run(CALLS_MAX + CALLS_PER_BYTE * (len(piece) + len(connection.buffer)))
 
     @staticmethod
-    def _end(connection: Connection, transport: QuickTransport) -> None:
+    def _end(connection: Connection, transport: FakeTransport) -> None:
         if not transport.closing and not connection.eof_received():
             transport.close()
 
     def _outcome(
-        self, context: Context, transport: QuickTransport, log: RecordingLog, closed: bool, ended: bool
+        self, context: Context, transport: FakeTransport, log: RecordingLog, closed: bool, ended: bool
     ) -> Outcome:
         faults = transport.faults + log.complaints
         echoes = self.echoes
-        self.wire = wire = b"".join(transport.written)
+        self.wire = wire = transport.wire
         if any(not echo.seen.complete and not echo.told for echo in echoes):
             faults.append("the application was not told that the rest of a body never comes")
         if context.connections:

@@ -17,8 +17,8 @@ from apphost.protocols.h11_parser import H11Parser
 from apphost.protocols.http1 import Connection
 from apphost.protocols.websocket import TRANSITIONS, Life, WebSocket, WebSocketOptions, read_on_reload
 from apphost.protocols.wire import Phase
-from tests.corpus_driver import FakeTransport
 from tests.peer import Peer, Request
+from tests.transport import FakeTransport
 
 HANDSHAKE = (
     b"GET /chat HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
