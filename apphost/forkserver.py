@@ -124,6 +124,7 @@ class ForkServer:
         self._access_log: Sink | None = None
         self._log_config: LogConfig | None = None
         self._app: Any = None  # preloaded
+        self._code: Message | None = None  # the fingerprint of that
         self._certificates: Certificates | None = None
 
     @staticmethod
@@ -219,7 +220,7 @@ class ForkServer:
             _see_whether_watched(settings, self._certificates, self._log)
         self._log_config = _read_log_config(settings, directory)
         if failure is None:
-            self._app = _prepare_workers(settings, self._log_config, self._log)
+            self._app, self._code = _prepare_workers(settings, self._log_config, self._log)
         else:
             self._app = _error_page(settings, failure)
         ignored = restart_needed(running, loaded)
@@ -257,7 +258,7 @@ class ForkServer:
         self._channel.close()
         assignment = Assignment(
             wid, self._generation, self._settings, self._listeners, dump_fd, self._log, self._access_log, self._app,
-            self._certificates, self._log_config,
+            self._certificates, self._log_config, self._code,
         )  # fmt: skip
         return assignment, Channel(channel)
 
@@ -334,24 +335,29 @@ def _read_log_config(settings: Settings, directory: str) -> LogConfig | None:
     return LogConfig(settings.log_config, read(settings.log_config, directory))
 
 
-def _prepare_workers(settings: Settings, log_config: LogConfig | None, log: Log) -> Any:
+def _prepare_workers(settings: Settings, log_config: LogConfig | None, log: Log) -> tuple[Any, Message | None]:
     """Import what every worker will need, once; then keep the garbage collector from touching, and so copying, it.
 
-    With `preload` that includes the application, which is returned. Raises `ApphostError`.
+    With `preload` that includes the application, which is returned with its fingerprint: taken here once, because to
+    look at all modules writes to the memory that each is in, so that each worker would get a copy of it. Raises
+    `ApphostError`.
     """
     from apphost.worker.loading import load_application
 
     _preimport(settings.http, settings.loop)
     importlib.invalidate_caches()  # this process may be older than what it is to import
     set_title(settings.proc_name, "worker")
-    app = None
+    app = code = None
     if settings.preload:
+        from apphost.worker import fingerprint
+
         if log_config is not None:
             log_config.apply(log)
         app = load_application(settings.app, settings.factory)
+        code = fingerprint.here(settings.app)
     gc.collect()
     gc.freeze()
-    return app
+    return app, code
 
 
 def _preimport(http: str, loop: str) -> None:

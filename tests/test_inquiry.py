@@ -177,3 +177,18 @@ def test_stacks_of_tasks() -> None:
     lines = asyncio.run(main())
     at = next(n for n, line in enumerate(lines) if line.startswith("task the-task test_stacks_of_tasks"))
     assert [line.rpartition(" ")[2] for line in lines[at + 1 : at + 4]] == ["outer", "inner", "sleep"]
+
+
+def test_code_that_is_known_is_told_at_once() -> None:
+    """With `preload` the fork server has found out: looking at all modules would make copies of their memory."""
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    channel, arbiter = Channel(ours), Channel(theirs)
+    try:
+        threads = threading.active_count()
+        Inquiry(SimpleNamespace(), channel, SimpleNamespace()).tell_code("app", {"hash": "x"})  # type: ignore[arg-type]
+        assert arbiter.receive() == [({"t": "code", "facts": {"hash": "x"}}, [])]
+        assert threading.active_count() == threads
+    finally:
+        channel.close()
+        arbiter.close()

@@ -2,8 +2,8 @@
 
 Own are the modules whose files are outside of the Python installation and of its packages: what a deploy replaces. The
 hash is over their names and contents, so the same code has the same hash on any machine, whatever the times of its
-files. It is taken once, from the files as they are a moment after the worker has become ready; modules that are
-imported later are not part of it.
+files. It is taken once, from the files as they are a moment after the worker has become ready, with `preload` after the
+import; modules that are imported later are not part of it.
 """
 
 from __future__ import annotations
@@ -47,11 +47,12 @@ def _own_files(modules: Mapping[str, ModuleType]) -> Iterable[tuple[str, str]]:
     names = ("stdlib", "platstdlib", "purelib", "platlib")
     foreign = [os.path.realpath(path) for path in {sysconfig.get_path(name) for name in names} if path]
     foreign.append(os.path.dirname(os.path.realpath(apphost.__file__)))
+    folders: dict[str, str] = {}
     for name, module in modules.items():
         file = _file(module)
         if not isinstance(file, str) or name == "__main__":
             continue
-        path = os.path.realpath(file)
+        path = _real(file, folders)
         if "site-packages" in path or "dist-packages" in path or path.startswith(tuple(f + os.sep for f in foreign)):
             continue
         yield name, path
@@ -62,6 +63,16 @@ def _file(module: ModuleType) -> object:
         return getattr(module, "__file__", None)
     except Exception:  # one that is imported when it is first looked at, and cannot be
         return None
+
+
+def _real(file: str, folders: dict[str, str]) -> str:
+    """Without symlinks, as `os.path.realpath`, which asks the system about each directory on the way of each of a
+    thousand modules: `folders` keeps what it said."""
+    folder, name = os.path.split(file)
+    if folder not in folders:
+        folders[folder] = os.path.realpath(folder)
+    path = os.path.join(folders[folder], name)
+    return os.path.realpath(path) if os.path.islink(path) else path
 
 
 def _read(path: str) -> bytes:

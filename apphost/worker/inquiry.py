@@ -83,8 +83,11 @@ class Inquiry:
         if not self._channel.send({**told, **answer}):
             self._channel.send({**told, "error": "the answer is too large for a message"})
 
-    def tell_code(self, app: str) -> None:
-        """Find out what code this is, beside the event loop, and tell the arbiter."""
+    def tell_code(self, app: str, known: Message | None) -> None:
+        """Tell the arbiter what code this is; when it is not known, find out beside the event loop."""
+        if known is not None:
+            self._channel.send({"t": "code", "facts": known})
+            return
 
         def find_out() -> None:
             facts = fingerprint.here(app)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from apphost.errors import ApphostError, ExitCode, user_traceback
 from apphost.logs import Log, hide_queries
-from apphost.messages import DUMP_SIGNAL, Channel
+from apphost.messages import DUMP_SIGNAL, Channel, Message
 from apphost.settings import Settings
 from apphost.sockets import Listener
 from apphost.worker.certificates import Certificates
@@ -41,7 +41,8 @@ class Assignment:
 
     dump: the descriptor of the file for its last words. access_log: where that goes, None for nowhere.
     app: the application, if the fork server has imported it. certificates: for TLS, read before the fork server has
-    given its privileges up. log_config: of `logging`, to be applied before the application is imported.
+    given its privileges up. log_config: of `logging`, to be applied before the application is imported. code: the
+    fingerprint of the application, if the fork server has imported it.
     """
 
     wid: int
@@ -54,6 +55,7 @@ class Assignment:
     app: Any = None
     certificates: Certificates | None = None
     log_config: LogConfig | None = None
+    code: Message | None = None
 
     @property
     def name(self) -> str:

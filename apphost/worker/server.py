@@ -171,7 +171,7 @@ class Server:
         if self.state is State.BOOTING:
             self._begin_serving()
             self.channel.send({"t": "ready", "seconds": time.monotonic() - started, **names})
-            self._inquiry.tell_code(self.settings.app)
+            self._inquiry.tell_code(self.settings.app, self.assignment.code)
             self.hooks.ready()
         await self.drained.wait()
         self._end_serving()
