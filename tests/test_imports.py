@@ -165,6 +165,11 @@ def test_importing_the_arbiter_loads_nothing_foreign() -> None:
     assert {"asyncio", "h11"} <= loaded_by("import apphost.worker.main, apphost.protocols.h11_parser")
 
 
+def test_one_compiled_function_is_had_without_the_package_around_it() -> None:
+    modules = loaded_by("from apphost.protocols.masking import fastest, unmask; assert fastest() is not unmask")
+    assert not {"websockets", "websockets.version", "importlib.metadata"} & modules
+
+
 REPORTER = '''
 """Started with every interpreter of the test: leaves the names of its modules behind at its end."""
 import atexit, os, sys
