@@ -1,6 +1,6 @@
 """`python -m apphost`: the same program as `apphost`."""
 
-from apphost.cli import main
+from apphost.start import main
 
 if __name__ == "__main__":
     main()

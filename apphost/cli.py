@@ -21,15 +21,13 @@ from click.core import ParameterSource
 
 import apphost
 from apphost.errors import ApphostError, ExitCode, SettingsError
-from apphost.settings import CONFIG_VARIABLE, RESUME_VARIABLE, SETTINGS
+from apphost.settings import CONFIG_VARIABLE, SETTINGS
 from apphost.sources import Loaded, Source
+from apphost.start import INTERRUPTED, OPERATE, complain
 from apphost.values import Setting
 
-_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 _IMPLIED = f"{__name__}.run_is_implied"  # in ctx.meta: the word `run` was not typed
 _FIRST_HEADING = SETTINGS["app"].heading
-# Commands that are imported when one is used: what they need is nothing for the arbiter.
-OPERATE = ("status", "connections", "reload", "stop", "scale", "stacks", "upgrade")
 _HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -71,13 +69,13 @@ class _Program(click.Group):
         try:
             code = super().main(*args, **{"prog_name": "apphost", **extra, "standalone_mode": False})
         except ApphostError as exc:
-            _complain("error", exc.message, exc.detail)
+            complain("error", exc.message, exc.detail)
             code = exc.exit_code
         except click.ClickException as exc:
-            _complain("error", exc.format_message())
+            complain("error", exc.format_message())
             code = ExitCode.USAGE
         except (click.Abort, KeyboardInterrupt):
-            code = _INTERRUPTED
+            code = INTERRUPTED
         sys.exit(int(code) if isinstance(code, int) else ExitCode.OK)
 
 
@@ -160,9 +158,7 @@ def _run(ctx: click.Context, /, **_: object) -> None:
     """Serve APP, an import path such as myproject.wsgi:application."""
     loaded, source = _load(ctx)
     _require_app(loaded, ctx)
-    from apphost.arbiter.main import run
-
-    sys.exit(run(loaded, source))
+    ctx.obj(loaded, source)  # see `start`
 
 
 @_command("check", "Load the settings and APP as a worker would, and exit.")
@@ -199,7 +195,7 @@ def _load(ctx: click.Context) -> tuple[Loaded, Source]:
     source = Source(cli=cli, config=config, cwd=logical_cwd(os.environ))
     loaded = source.load(os.environ)
     for warning in loaded.warnings:
-        _complain("warning", warning)
+        complain("warning", warning)
     return loaded, source
 
 
@@ -250,17 +246,3 @@ def _as_json(loaded: Loaded) -> str:
     return json.dumps(
         {name: {"value": value, "origin": loaded.origins[name]} for name, value in values.items()}, indent=2
     )
-
-
-def _complain(level: str, message: str, detail: str = "") -> None:
-    click.echo(f"apphost: {level}: {message}" + (f"\n\n{detail}" if detail else ""), err=True)
-
-
-def main() -> None:
-    """The `apphost` program. Ends the process with a code of `ExitCode`, or 130 after an interrupt."""
-    word = os.environ.pop(RESUME_VARIABLE, None)
-    if word is not None:
-        from apphost.arbiter.main import resume
-
-        sys.exit(resume(word))
-    program()

@@ -66,10 +66,17 @@ def site(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pat
     return tmp_path
 
 
+def serve(loaded: Loaded, source: Source) -> None:
+    """In place of the process that settings are handed over to."""
+    from apphost.arbiter.main import run
+
+    sys.exit(run(loaded, source))
+
+
 @pytest.fixture
 def apphost_(site: pathlib.Path) -> Callable[..., Done]:
     def run(*args: str, **environ: str) -> Done:
-        result = CliRunner().invoke(cli.program, list(args), env=environ)
+        result = CliRunner().invoke(cli.program, list(args), env=environ, obj=serve)
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         return Done(result.exit_code, result.output)

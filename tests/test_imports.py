@@ -209,6 +209,7 @@ def test_a_running_arbiter_has_loaded_nothing_foreign(tmp_path: Path) -> None:
     assert {"apphost.arbiter.arbiter", "selectors"} <= arbiter
     assert not {name.partition(".")[0] for name in arbiter} & {*FOREIGN, "site_app", "decimal"}
     assert not {name for name in arbiter if name.startswith("apphost.operate")}, "commands are for other processes"
+    assert not {name.partition(".")[0] for name in arbiter} & {"click", "secrets", "tempfile"}, "2 MiB, for good"
     assert {"asyncio", "site_app", "decimal"} <= worker
     assert "apphost.arbiter.arbiter" not in worker
 

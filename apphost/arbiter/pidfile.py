@@ -10,7 +10,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import secrets
 import stat
 
 from apphost.errors import AlreadyRunningError, PrivilegesError
@@ -43,7 +42,7 @@ class PidFile:
 
     def _create(self) -> int:
         folder, name = os.path.split(self.path)
-        draft = os.path.join(folder, f".{name}.{secrets.token_hex(8)}")
+        draft = os.path.join(folder, f".{name}.{os.urandom(8).hex()}")
         fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -179,6 +178,8 @@ def make_dump_file() -> int:
     """A descriptor of an unnamed file, which outlives the worker that writes to it."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("apphost-last-words")
+    import tempfile  # brings nine modules, which nobody needs who has memfd_create
+
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
 

@@ -294,8 +294,8 @@ def goes_on(server: Server, before: object) -> None:
 
 
 BROKEN = {
-    "missing": (lambda package: (package / "cli.py").unlink(), "1"),
-    "syntax": (lambda package: (package / "cli.py").write_text("def main(:\n"), "1"),
+    "missing": (lambda package: (package / "start.py").unlink(), "1"),
+    "syntax": (lambda package: (package / "start.py").write_text("def main(:\n"), "1"),
     "exit": (lambda package: (package / "__init__.py").write_text("raise SystemExit(5)\n"), "5"),
     "dies": (lambda package: (package / "__init__.py").write_text("import os\nos.kill(os.getpid(), 9)\n"), "-9"),
     "other state": (lambda package: newer(package / "arbiter" / "state.py"), "1"),
@@ -334,7 +334,7 @@ def test_a_new_program_that_hangs_is_given_up_with_a_stop(tmp_path: Path) -> Non
     lib = tmp_path / "lib"
     package = program(lib, "1.0")
     with serving(tmp_path / "srv", "asgi", env={"PYTHONPATH": str(lib)}) as server:
-        (package / "cli.py").write_text("import time\nprint('trial', flush=True)\ntime.sleep(600)\n")
+        (package / "start.py").write_text("import time\nprint('trial', flush=True)\ntime.sleep(600)\n")
         server.signal(signal.SIGUSR2)
         server.wait_line("^trial")
         assert ask(server.port).version == "one"
@@ -346,7 +346,7 @@ def test_an_interpreter_that_is_gone_is_told(tmp_path: Path, monkeypatch: pytest
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
     folder = tmp_path / "srv"
-    launcher = "import sys; sys.executable = sys.argv.pop(1); from apphost.cli import main; main()"
+    launcher = "import sys; sys.executable = sys.argv.pop(1); from apphost.start import main; main()"
     start = subprocess.Popen
 
     def popen(command: list[str], **options: object) -> subprocess.Popen[bytes]:
