@@ -64,7 +64,7 @@ def _serve() -> int:
 
 
 def _hand_over(pipe: int, loaded: Loaded, source: Source) -> None:
-    """In the child: these are the settings to serve with."""
+    """In the child: these are the settings to serve with. Ends it at once, since the arbiter waits for its end."""
     wire = {
         "settings": loaded.settings.to_wire(),
         "origins": dict(loaded.origins),
@@ -75,8 +75,10 @@ def _hand_over(pipe: int, loaded: Loaded, source: Source) -> None:
     try:
         with open(pipe, "w", encoding="ascii") as file:
             json.dump(wire, file)
+        sys.stderr.flush()
     except BrokenPipeError:
-        sys.exit(ExitCode.INTERNAL)  # the process that was to serve has been ended meanwhile
+        os._exit(ExitCode.INTERNAL)  # the process that was to serve has been ended meanwhile
+    os._exit(ExitCode.OK)
 
 
 def _from_wire(data: bytes) -> tuple[Loaded, Source]:

@@ -22,13 +22,16 @@ from tests.support import wait_for, write_app
 ROOT = str(Path(apphost.__file__).parent.parent)
 
 
-def test_settings_arrive_as_they_were_read() -> None:
+def test_settings_arrive_as_they_were_read(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(app="shop:app", workers=3, bind=("127.0.0.1:1", "unix:/é"), umask=0o22, keep_alive=1.5)
     origins = {"app": "command line", "workers": "file /srv/apphost.toml"}
     loaded = Loaded(settings, origins, ("one \udcff slip",), "/srv/apphost.toml")
     source = Source(cli={"app": "shop:app", "bind": ["unix:/é"], "reload": True}, config=None, cwd="/srv/\udcff")
     reader, writer = os.pipe()
+    ends: list[int] = []
+    monkeypatch.setattr(os, "_exit", ends.append)
     start._hand_over(writer, loaded, source)
+    assert ends == [0]
     with open(reader, "rb") as pipe:
         assert start._from_wire(pipe.read()) == (loaded, source)
 
