@@ -1,13 +1,14 @@
 """The load of the WebSocket cases: connections that each send a binary message, wait for its echo, and send the next.
 
-    python benchmarks/echo.py PORT SECONDS BYTES
+    python benchmarks/echo.py PORT SECONDS BYTES CONNECTIONS
 
-Prints a summary in the words of wrk. Plain sockets and frames made beforehand, so that the client costs as little as
+Prints JSON. Plain sockets and frames made beforehand, so that the client costs as little as
 Python allows; every echo is compared with what was sent.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import socket
@@ -15,7 +16,6 @@ import struct
 import sys
 import time
 
-CONNECTIONS = 32
 HANDSHAKE = (
     b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
@@ -51,10 +51,10 @@ def connect(port: int) -> socket.socket:
     return sock
 
 
-def run(port: int, seconds: float, size: int) -> tuple[int, float, int]:
+def run(port: int, seconds: float, size: int, connections: int) -> tuple[int, float, int]:
     """Echoes, seconds, and echoes that were not what was sent."""
     message, echo = frames(size)
-    sockets = {sock.fileno(): sock for sock in (connect(port) for _ in range(CONNECTIONS))}
+    sockets = {sock.fileno(): sock for sock in (connect(port) for _ in range(connections))}
     received = dict.fromkeys(sockets, b"")
     poll = select.epoll()
     for number, sock in sockets.items():
@@ -82,11 +82,9 @@ def run(port: int, seconds: float, size: int) -> tuple[int, float, int]:
 
 
 def main() -> None:
-    port, seconds, size = sys.argv[1:]
-    count, took, wrong = run(int(port), float(seconds), int(size))
-    print(f"{count} requests in {took:.3f}s,")
-    if wrong:
-        print(f"Non-2xx or 3xx responses: {wrong}")
+    port, seconds, size, connections = sys.argv[1:]
+    count, took, wrong = run(int(port), float(seconds), int(size), int(connections))
+    print(json.dumps({"echoes": count, "seconds": took, "wrong": wrong}))
 
 
 if __name__ == "__main__":

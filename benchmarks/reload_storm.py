@@ -29,8 +29,9 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from compare import FOREIGN_VARIABLES, peers_python, stop_group
+from environment import peers_python
 from results import BEGIN, END, put_between_markers
+from servers import FOREIGN_VARIABLES, stop_group
 
 HERE = Path(__file__).resolve().parent
 REPORT = HERE / "RELOADS.md"

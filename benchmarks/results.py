@@ -1,83 +1,112 @@
-"""Results and how they are read: the output of wrk, ratios, the Markdown table, the JSON. Nothing here performs I/O."""
+"""Results and how they are read: samples, medians, ratios, verdicts; `load` and `save` for the JSON file."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
+import json
+import os
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from cases import Case
+from cases import BY_NAME, SERVERS, Case, Wanted
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-CONNECTIONS = 64  # enough to keep one worker busy at all times, few enough that no server has to queue accepts
-BUSY_CLIENT = 0.9  # from this share of its core on, wrk may be what limits a run
-SHARED_PACKAGES = ("h11", "httptools", "uvloop", "flask", "werkzeug")  # must be the same on both sides to be fair
-PACKAGES = ("apphost", "uvicorn", "granian", "gunicorn", "gunicorn_h1c", *SHARED_PACKAGES)
-
-
-@dataclass(frozen=True)
-class WrkResult:
-    """What one run of wrk printed: ``seconds`` as wrk measured them, ``errors`` counted by kind, without zeros."""
-
-    requests: int
-    seconds: float
-    errors: dict[str, int]
-
-    @property
-    def good_per_second(self) -> float:
-        """Answers with a status below 400, a second: an error that is answered quickly must not count as speed."""
-        return (self.requests - self.errors.get("status", 0)) / self.seconds
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One contestant in one round. ``failure`` says why there is no number; a run that was measured has None."""
+    """One server in one round of one case. ``failure`` says why there are no values; a run that was measured has None.
 
+    ``when``: UTC, ISO 8601. ``load``: the load average before the program began. ``core_speed``: turns a second of a
+    fixed loop. ``busy``: the share of its core that the client used.
+    """
+
+    case: str
+    server: str
     round: int
-    requests_per_second: float | None
-    errors: dict[str, int]
-    client_busy: float | None
+    when: str
+    commit: str
+    load: float
     core_speed: float
-    failure: str | None
+    values: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, int] = field(default_factory=dict)
+    busy: float | None = None
+    failure: str | None = None
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """All rounds of one case, per contestant, in the order of ``case.contestants``."""
+@dataclass
+class Results:
+    """All samples that one report is made of, and the facts that are the same for all of them."""
 
-    case: Case
-    samples: tuple[tuple[Sample, ...], ...]
+    facts: dict[str, Any]
+    samples: list[Sample] = field(default_factory=list)
 
+    def of(self, case: str, server: str) -> list[Sample]:
+        return [sample for sample in self.samples if sample.case == case and sample.server == server]
 
-_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+    def cases(self) -> list[Case]:
+        """Those with samples, in the order of CASES."""
+        there = {sample.case for sample in self.samples}
+        return [case for name, case in BY_NAME.items() if name in there]
 
-
-def parse_wrk(text: str) -> WrkResult:
-    """Read the report of wrk 4. ValueError when it is none."""
-    summary = re.search(r"(\d+) requests in ([\d.]+)(us|ms|s|m|h),", text)
-    if summary is None:
-        raise ValueError(f"not a report of wrk: {text.strip()!r}")
-    errors = {}
-    sockets = re.search(r"Socket errors: connect (\d+), read (\d+), write (\d+), timeout (\d+)", text)
-    if sockets is not None:
-        errors = dict(zip(("connect", "read", "write", "timeout"), map(int, sockets.groups()), strict=True))
-    status = re.search(r"Non-2xx or 3xx responses: (\d+)", text)
-    if status is not None:
-        errors["status"] = int(status[1])
-    seconds = float(summary[2]) * _UNITS[summary[3]]
-    return WrkResult(int(summary[1]), seconds, {kind: count for kind, count in errors.items() if count})
+    def has_round(self, case: Case, number: int) -> bool:
+        return any(sample.case == case.name and sample.round == number for sample in self.samples)
 
 
-def rates(samples: Sequence[Sample]) -> list[float]:
-    return [sample.requests_per_second for sample in samples if sample.requests_per_second is not None]
+class Mismatch(Exception):
+    """A file whose results cannot stand in one report with these; the text says why."""
 
 
-def ratio(ours: Sequence[Sample], theirs: Sequence[Sample]) -> tuple[float, float, float] | None:
+def load(path: Path, facts: dict[str, Any]) -> Results:
+    """What a file holds, or nothing yet. Mismatch when it was measured differently or is no such file."""
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return Results(facts)
+    except ValueError as error:
+        raise Mismatch(f"{path} is not JSON: {error}") from error
+    differing = [key for key in facts if facts[key] != found.get("facts", {}).get(key)]
+    if differing:
+        was, are = ([str(each.get(key)) for key in differing] for each in (found.get("facts", {}), facts))
+        raise Mismatch(
+            f"{path} was measured with another {', '.join(differing)}: {'; '.join(was)}, not {'; '.join(are)}"
+        )
+    return read(found, path)
+
+
+def read(found: dict[str, Any], path: Path) -> Results:
+    """The samples of cases and servers that still exist."""
+    try:
+        samples = [Sample(**each) for each in found["samples"]]
+    except (KeyError, TypeError) as error:
+        raise Mismatch(f"{path} was not written by this compare.py: {error!r}") from error
+    known = [each for each in samples if each.case in BY_NAME and each.server in BY_NAME[each.case].servers]
+    return Results(found["facts"], known)
+
+
+def save(path: Path, results: Results) -> None:
+    """In one piece: a reader, or the next run after this one was killed, finds the old file or the new one."""
+    new = path.with_name(path.name + ".new")
+    document = {"facts": results.facts, "samples": [dataclasses.asdict(sample) for sample in results.samples]}
+    new.write_text(json.dumps(document, indent=1) + "\n")
+    os.replace(new, path)
+
+
+def values(samples: Iterable[Sample], key: str) -> list[float]:
+    return [sample.values[key] for sample in samples if key in sample.values]
+
+
+def median(samples: Iterable[Sample], key: str) -> float | None:
+    found = values(samples, key)
+    return statistics.median(found) if found else None
+
+
+def ratio(ours: Sequence[Sample], theirs: Sequence[Sample], key: str) -> tuple[float, float, float] | None:
     """The ratio of the medians, then the smallest and largest ratio within one round; None without a common round."""
-    mine, others = ({s.round: s.requests_per_second for s in side if s.requests_per_second} for side in (ours, theirs))
+    mine, others = ({s.round: s.values[key] for s in side if s.values.get(key)} for side in (ours, theirs))
     pairs = [mine[number] / others[number] for number in mine.keys() & others.keys()]
     if not pairs:
         return None
@@ -90,90 +119,60 @@ def describe_errors(samples: Sequence[Sample]) -> str:
     for sample in samples:
         for kind, count in sample.errors.items():
             totals[kind] = totals.get(kind, 0) + count
-    parts = [f"{kind} {count}" for kind, count in totals.items()]
+    parts = [f"{kind} {count:,}" for kind, count in totals.items()]
     failed = sum(sample.failure is not None for sample in samples)
     if failed:
         parts.append(f"{failed} of {len(samples)} runs failed")
     return ", ".join(parts) or "none"
 
 
-def verdict(at_least: float, ours: Sequence[Sample], theirs: Sequence[Sample]) -> str:
-    """Whether the ratio was reached. Runs that failed have no number, so with any of them there is no verdict."""
-    both = (*ours, *theirs)
-    reached = ratio(ours, theirs)
-    if reached is None or any(sample.failure for sample in both):
-        return "not comparable"
-    errors = ", with errors" if any(sample.errors for sample in both) else ""
-    return ("met" if reached[0] >= at_least else "missed") + errors
+@dataclass(frozen=True)
+class Verdict:
+    """``reached``: a ratio with its range by round, or a value with its range; None without numbers."""
+
+    wanted: Wanted
+    against: str  # label of the one that it is compared with, "" for a limit
+    figure: float
+    at_least: bool
+    reached: tuple[float, float, float] | None
+    word: str  # "met", "missed", "not measured", "not comparable"; with ", with errors" behind the first two
+
+    @property
+    def missed(self) -> bool:
+        return self.word.startswith("missed")
 
 
-def table_rows(outcome: Outcome) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    ours = outcome.samples[0]
-    for contestant, samples in zip(outcome.case.contestants, outcome.samples, strict=True):
-        measured = rates(samples)
-        speed = f"{statistics.median(measured):,.0f}" if measured else "-"
-        spread = f"{min(measured):,.0f} - {max(measured):,.0f}" if measured else "-"
-        against = None if contestant.is_apphost else ratio(ours, samples)
-        factor = f"{against[0]:.2f}x ({against[1]:.2f} - {against[2]:.2f})" if against else ""
-        wanted = ""
-        if contestant is outcome.case.against:
-            wanted = f"{outcome.case.at_least}x: {verdict(outcome.case.at_least, ours, samples)}"
-        rows.append((outcome.case.name, contestant.label, speed, spread, factor, wanted, describe_errors(samples)))
-    return rows
+def is_newer(python: str) -> bool:
+    """3.12 or newer."""
+    return tuple(int(part) for part in python.split(".")[:2]) >= (3, 12)
 
 
-HEADINGS = ("case", "server", "requests/s, median", "min - max", "apphost / it (by round)", "wanted", "errors")
-
-
-def render(outcomes: Sequence[Outcome], facts: dict[str, Any]) -> str:
-    """The report as Markdown: how it was measured, the table, warnings, versions."""
-    method = (
-        f"{facts['date']}, {facts['cpu']}, {facts['cores']} cores, {facts['system']}, "
-        f"Python {facts['apphost']['python']}. "
-        f"Server on core {facts['server_core']}, {facts['wrk']} `-t1 -c{CONNECTIONS}` on core {facts['client_core']}, "
-        f"{facts['rounds']} rounds of {facts['seconds']} s after {facts['warmup']} s of warm-up."
-    )
-    lines = [
-        method,
-        "",
-        f"| {' | '.join(HEADINGS)} |",
-        "|---|---|--:|--:|--:|--:|---|",
-    ]
-    lines += [f"| {' | '.join(row)} |" for outcome in outcomes for row in table_rows(outcome)]
-    versions = {**facts["peers"]["packages"], **facts["apphost"]["packages"]}
-    known = ", ".join(f"{name} {versions[name]}" for name in PACKAGES if versions.get(name))
-    lines += ["", f"Versions: {known}.", ""]
-    lines += [f"- {note}" for note in notes(outcomes, facts)]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def notes(outcomes: Sequence[Outcome], facts: dict[str, Any]) -> list[str]:
-    """What a reader must know before trusting the numbers."""
-    samples = [sample for outcome in outcomes for rounds in outcome.samples for sample in rounds]
-    speeds = [sample.core_speed for sample in samples]
-    typical = statistics.median(speeds)
-    quietness = (
-        f"Load average before the first run: {facts['load']:.2f}. "
-        "A fixed loop, run on the server's core before each run, "
-        f"went at {min(speeds) / typical:.0%} to {max(speeds) / typical:.0%} of its median speed: "
-        "so much the machine itself varied."
-    )
-    found = [quietness]
-    ours, theirs = facts["apphost"], facts["peers"]
-    differing = [name for name in SHARED_PACKAGES if ours["packages"].get(name) != theirs["packages"].get(name)]
-    if differing:
-        found.append(f"Unfair: apphost and its peers have different versions of {', '.join(differing)}.")
-    if ours["python"] != theirs["python"]:
-        found.append(f"Unfair: apphost runs on Python {ours['python']}, its peers on {theirs['python']}.")
-    for outcome in outcomes:
-        for contestant, rounds in zip(outcome.case.contestants, outcome.samples, strict=True):
-            name = f"{outcome.case.name}, {contestant.label}"
-            busiest = max((sample.client_busy or 0.0 for sample in rounds), default=0.0)
-            if busiest >= BUSY_CLIENT:
-                found.append(f"{name}: wrk used up to {busiest:.0%} of its core: the server may be faster than shown.")
-            found += [f"{name}, round {s.round}: {s.failure.splitlines()[0]}" for s in rounds if s.failure]
-    return found
+def judge(wanted: Wanted, results: Results) -> Verdict:
+    """Runs that failed have no number, so with any of them there is no verdict."""
+    case = BY_NAME[wanted.case]
+    key, more = case.kind.metrics[0].key, case.kind.more_is_better
+    newer = wanted.newer if is_newer(results.facts["apphost"]["python"]) else None
+    figure = newer or wanted.figure
+    ours = results.of(case.name, wanted.ours)
+    mine = values(ours, key)
+    medians = {name: median(results.of(case.name, name), key) for name in wanted.against}
+    known = {name: value for name, value in medians.items() if value is not None}
+    best = (max if more else min)(known, key=known.__getitem__) if known else None
+    theirs = [sample for name in wanted.against for sample in results.of(case.name, name)]
+    label = SERVERS[best].label if best else ", ".join(SERVERS[name].label for name in wanted.against)
+    reached: tuple[float, float, float] | None = None
+    if best:
+        reached = ratio(ours, results.of(case.name, best), key)
+    elif mine and not wanted.against:
+        reached = statistics.median(mine), min(mine), max(mine)
+    if not ours:
+        word = "not measured"
+    elif reached is None or any(sample.failure for sample in (*ours, *theirs)):
+        word = "not comparable"
+    else:
+        word = "met" if (reached[0] >= figure if more else reached[0] <= figure) else "missed"
+        word += ", with errors" if any(sample.errors for sample in (*ours, *theirs)) else ""
+    return Verdict(wanted, label, figure, more, reached, word)
 
 
 def put_between_markers(text: str, report: str) -> str:
@@ -183,24 +182,3 @@ def put_between_markers(text: str, report: str) -> str:
     if not begin or not end or BEGIN in rest or END in tail:
         raise ValueError(f"expected one {BEGIN} followed by one {END}")
     return f"{head}{BEGIN}\n\n{report.rstrip()}\n\n{END}{tail}"
-
-
-def as_json(outcomes: Sequence[Outcome], facts: dict[str, Any]) -> dict[str, Any]:
-    cases = []
-    for outcome in outcomes:
-        rows = []
-        for contestant, samples in zip(outcome.case.contestants, outcome.samples, strict=True):
-            measured = rates(samples)
-            against = None if contestant.is_apphost else ratio(outcome.samples[0], samples)
-            rows.append(
-                {
-                    "label": contestant.label,
-                    "command": ["python", "-m", *contestant.arguments],
-                    "median_requests_per_second": statistics.median(measured) if measured else None,
-                    "apphost_ratio": against[0] if against else None,
-                    "wanted_ratio": outcome.case.at_least if contestant is outcome.case.against else None,
-                    "samples": [dataclasses.asdict(sample) for sample in samples],
-                }
-            )
-        cases.append({"case": outcome.case.name, "contestants": rows})
-    return {"facts": facts, "cases": cases}

@@ -102,7 +102,7 @@ class Server:
             sys.executable,
             "-m",
             "apphost",
-            "echo_asgi:app",
+            "plain_asgi:app",
             "--bind",
             "127.0.0.1:0",
             "--ws-on-reload",
