@@ -59,7 +59,7 @@ SERVERS = {
     "granian-ws": Server("granian", f"{_GRANIAN} --interface asgi --loop uvloop"),
     # It takes a connection only when it may have another request in progress, and by default only 1,024.
     "granian-idle": Server(
-        "granian, --backpressure 8192",
+        "granian",
         f"{_GRANIAN} --interface asgi --loop uvloop --no-ws --backlog 8192 --backpressure 8192",
     ),
     "granian-wsgi": Server("granian", f"{_GRANIAN} --interface wsgi --no-ws"),
@@ -67,9 +67,7 @@ SERVERS = {
         "granian, 4 blocking threads", f"{_GRANIAN} --interface wsgi --no-ws --blocking-threads 4"
     ),
     "gunicorn": Server("gunicorn, 4 threads", f"{_GUNICORN} --worker-class gthread --threads 4"),
-    "gunicorn-preload": Server(
-        "gunicorn, 4 threads, --preload", f"{_GUNICORN} --worker-class gthread --threads 4 --preload"
-    ),
+    "gunicorn-preload": Server("gunicorn, --preload", f"{_GUNICORN} --worker-class gthread --threads 4 --preload"),
     "gunicorn-asgi": Server("gunicorn, asgi worker", f"{_GUNICORN} --worker-class asgi --asgi-loop uvloop", "HUP"),
     "hypercorn": Server("hypercorn", _HYPERCORN, "HUP"),
 }
@@ -147,8 +145,8 @@ class Kind(enum.Enum):
         Metric("four", "with 4 workers, MiB", 1),
     )
     TREE = (Metric("tree", "PSS of all processes, MiB", 1),)
-    START = (Metric("start", "until the first answer, ms"),)
-    RELOAD = (Metric("reload", "until only new code answers, ms"), Metric("asked", "requests meanwhile"))
+    START = (Metric("start", "ms to first answer"),)
+    RELOAD = (Metric("reload", "ms until only new code answers"), Metric("asked", "requests meanwhile"))
     BALANCE = (
         Metric("burst", "at once: busiest worker / even share", 2),
         Metric("burst_least", "at once: least busy", 2),
@@ -265,13 +263,13 @@ CASES = (
         "memory-idle", "Idle keep-alive connection", Kind.IDLE, "plain_asgi:app",
         ("apphost", "granian-idle", "uvicorn", "gunicorn-asgi", "hypercorn"), quick=True,
     ),
-    Case("memory-worker", "Workers of a small ASGI application", Kind.WORKERS, "plain_asgi:app", _ALL),
+    Case("memory-worker", "Workers, small ASGI app", Kind.WORKERS, "plain_asgi:app", _ALL),
     Case(
         "memory-django", "4 workers of a Django site", Kind.TREE, "mysite.wsgi:application",
         ("apphost-preload", "apphost", "gunicorn-preload", "gunicorn", "granian-wsgi"), _SITE_PAGE, workers=4,
         folder=_SITE, quick=True, left_out=(("uvicorn", "calls WSGI through a deprecated adapter"),),
     ),
-    Case("start-asgi", "Start, small ASGI application", Kind.START, "plain_asgi:app", _ALL, quick=True),
+    Case("start-asgi", "Start, small ASGI app", Kind.START, "plain_asgi:app", _ALL, quick=True),
     Case(
         "start-django", "Start, Django site", Kind.START, "mysite.wsgi:application",
         ("apphost", "granian-wsgi", "gunicorn"), _SITE_PAGE, folder=_SITE,

@@ -14,7 +14,7 @@ CHARTED = (
     *("memory-idle", "memory-django", "start-asgi"),
 )
 WIDTH, MARGIN, GUTTER = 960, 20, 32
-LABEL, VALUE = 166, 62  # px beside a bar, for the server's name and its number
+LABEL, VALUE = 172, 62  # px beside a bar, for the server's name and its number
 TITLE, BAR, PITCH, GAP = 22, 12, 17, 16  # px: heights of a title and a bar, from bar to bar, between blocks
 HEADER = 58
 
@@ -60,9 +60,8 @@ def block(case: Case, results: Results, left: float, top: float, width: float) -
         colour, weight = ("ours", "text bold") if server.is_apphost else ("peer", "text")
         y, x = top + TITLE + row * PITCH, left + LABEL
         low, high, centre = x + min(found) * scale, x + max(found) * scale, y + BAR / 2
-        label = server.label if len(server.label) < 27 else server.label[:25] + "…"
         parts += [
-            text(x - 8, y + 10, label, weight, "end"),
+            text(x - 8, y + 10, server.label, weight, "end"),
             f'<rect x="{x:.1f}" y="{y}" width="{middle * scale:.1f}" height="{BAR}" rx="2" class="{colour}"/>',
             f'<line x1="{low:.1f}" y1="{centre}" x2="{high:.1f}" y2="{centre}" class="range"/>',
             text(

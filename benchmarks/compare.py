@@ -141,8 +141,10 @@ def check(bench: Bench, cases: Sequence[Case]) -> int:
     for case in cases:
         for name in case.servers:
             try:
-                with serving(bench, SERVERS[name], case):
+                with serving(bench, SERVERS[name], case) as running:
                     verdict = "ok"
+                    if case.kind is Kind.ECHO:
+                        run_echo(bench, running, case, 1)
             except RunFailed as error:
                 failed += 1
                 verdict = f"FAILED: {error}"
