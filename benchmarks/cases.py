@@ -138,7 +138,7 @@ class Kind(enum.Enum):
         Metric("peak", "peak, requests/s"),
         Metric("lag", "client late, p99, ms", 2),
     )
-    IDLE = (Metric("connection", "KiB per idle connection", 2), Metric("tree", "PSS with 2,100 of them, MiB", 1))
+    IDLE = (Metric("connection", "KiB per idle connection", 2), Metric("tree", "PSS with 6,000 of them, MiB", 1))
     WORKERS = (
         Metric("worker", "MiB for each further worker", 1),
         Metric("one", "with 1 worker, MiB", 1),

@@ -24,7 +24,7 @@ from typing import NoReturn
 import gauges
 from cases import BY_NAME, CASES, SERVERS, WANTED, Case, Kind, Server
 from chart import draw
-from environment import commit, core_speed, gather_facts, make_bench
+from environment import Steal, commit, core_speed, gather_facts, make_bench
 from loads import Load, run_echo, run_open_loop, run_wrk
 from report import render
 from results import Mismatch, Results, Sample, judge, load, save
@@ -85,6 +85,7 @@ def measure_round(bench: Bench, case: Case, number: int, options: argparse.Names
     for name in (*case.servers[turn:], *case.servers[:turn]):
         when = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         speed, found, failure = core_speed(bench.server_core), Load({}), trouble
+        steal = Steal(bench.server_core, bench.client_core)
         try:
             if failure is None and case.kind in GAUGES:
                 found = GAUGES[case.kind](bench, SERVERS[name], case)
@@ -92,21 +93,8 @@ def measure_round(bench: Bench, case: Case, number: int, options: argparse.Names
                 found = under_load(bench, case, SERVERS[name], options, rate)
         except (RunFailed, OSError, http.client.HTTPException) as error:
             failure = str(error) or repr(error)
-        samples.append(
-            Sample(
-                case.name,
-                name,
-                number,
-                when,
-                options.commit,
-                before,
-                speed,
-                found.values,
-                found.errors,
-                found.busy,
-                failure,
-            )
-        )
+        about = (case.name, name, number, when, options.commit, before, speed, steal.share())
+        samples.append(Sample(*about, found.values, found.errors, found.busy, failure))
         shown = ", ".join(f"{found.values[m.key]:,.{m.digits}f} {m.heading}" for m in case.kind.metrics if found.values)
         told = failure.splitlines()[0] if failure else f"{shown} {found.errors or ''}"
         print(f"{case.name} {number}/{options.rounds}  {SERVERS[name].label}: {told}", file=sys.stderr)

@@ -42,6 +42,25 @@ def core_speed(core: int) -> float:
         os.sched_setaffinity(0, allowed)
 
 
+def stolen_seconds(core: int) -> float:
+    """What the hypervisor has taken of a core since the boot (proc_stat(5)); 0 where it does not tell."""
+    found = re.search(rf"^cpu{core} (.*)$", Path("/proc/stat").read_text(), re.MULTILINE)
+    fields = found[1].split() if found else []
+    return int(fields[7]) / os.sysconf("SC_CLK_TCK") if len(fields) > 7 else 0.0
+
+
+class Steal:
+    """The larger share of one of some cores that was taken since this was made."""
+
+    def __init__(self, *cores: int) -> None:
+        self.before = {core: stolen_seconds(core) for core in cores}
+        self.since = time.monotonic()
+
+    def share(self) -> float:
+        took = time.monotonic() - self.since
+        return max(stolen_seconds(core) - before for core, before in self.before.items()) / took
+
+
 def choose_cores(allowed: set[int], siblings: dict[int, set[int]]) -> tuple[int, int]:
     """Server and client core: the first allowed, and the next that does not share its hardware with it if possible."""
     if len(allowed) < 2:

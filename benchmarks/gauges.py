@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import select
 import signal
 import socket
@@ -15,10 +16,12 @@ from loads import Load, run_wrk
 from servers import Bench, RunFailed, Running, serving, session_pss
 
 MIB = float(1 << 20)
-BASE_CONNECTIONS = 100  # are open when the memory of the others begins to count: pools and arenas exist then
-IDLE_CONNECTIONS = 2000
+# Are open when the memory of the others begins to count: by then they have filled what was free in the heap.
+BASE_CONNECTIONS = 2000
+IDLE_CONNECTIONS = 4000
 SETTLE_SECONDS = 1.0  # until timers have run and the garbage of the requests is gone
 LONG_CONNECTIONS = 400
+FILES = 2 * (BASE_CONNECTIONS + IDLE_CONNECTIONS)  # descriptors that client and server need, and more
 RELOAD_SECONDS = 60.0  # new code that does not answer by then has failed
 QUIET_SECONDS = 1.5  # only new code for so long: the reload is over
 ANSWER_SECONDS = 10.0  # for one answer
@@ -58,6 +61,15 @@ def open_connections(running: Running, count: int, path: str) -> list[tuple[sock
     return pairs
 
 
+def raise_limit() -> None:
+    """Of open files, for this process and the servers that it starts. RunFailed where the hard limit is too low."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < FILES:
+        raise RunFailed(f"needs {FILES} open files, and the hard limit is {hard} (ulimit -Hn)")
+    if soft != resource.RLIM_INFINITY and soft < FILES:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, hard))
+
+
 def closed(sockets: list[socket.socket]) -> int:
     """How many the server has closed."""
     poll = select.poll()
@@ -68,6 +80,7 @@ def closed(sockets: list[socket.socket]) -> int:
 
 def idle(bench: Bench, server: Server, case: Case) -> Load:
     """What each further idle keep-alive connection takes of the server's memory (not of the kernel's)."""
+    raise_limit()
     with serving(bench, server, case) as running:
         run_wrk(bench, running, case, 1)
         sockets = [sock for sock, _ in open_connections(running, BASE_CONNECTIONS, case.request.path)]

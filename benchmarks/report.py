@@ -138,9 +138,11 @@ def when_table(results: Results) -> list[str]:
                 str(len({sample.round for sample in samples})),
                 f"{max(sample.load for sample in samples):.2f}",
                 f"{min(speeds) / typical:.0%} - {max(speeds) / typical:.0%}",
+                f"{statistics.median(s.stolen for s in samples):.0%}, {max(s.stolen for s in samples):.0%}",
             ]
         )
-    headings = ("case", "", "apphost at", "first run, UTC", "last run", "rounds", "load before", "speed of the core")
+    headings: tuple[str, ...] = ("case", "", "apphost at", "first run, UTC", "last run", "rounds", "load before")
+    headings += ("speed of the core", "stolen: median, most")
     return ["## When", "", *table(headings, rows, 5), ""]
 
 

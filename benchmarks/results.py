@@ -21,7 +21,8 @@ class Sample:
     """One server in one round of one case. ``failure`` says why there are no values; a run that was measured has None.
 
     ``when``: UTC, ISO 8601. ``load``: the load average before the program began. ``core_speed``: turns a second of a
-    fixed loop. ``busy``: the share of its core that the client used.
+    fixed loop. ``busy``: the share of its core that the client used. ``stolen``: the share of one of the two cores, the
+    larger one, that the hypervisor took for others during the run, start and end of the server included.
     """
 
     case: str
@@ -31,6 +32,7 @@ class Sample:
     commit: str
     load: float
     core_speed: float
+    stolen: float
     values: dict[str, float] = field(default_factory=dict)
     errors: dict[str, int] = field(default_factory=dict)
     busy: float | None = None

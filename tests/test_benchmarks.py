@@ -45,7 +45,7 @@ def sample(case: str, server: str, number: int, value: float | None, **more: obj
     values = {} if value is None else {key: value}
     failure = "exited with 1 while starting: no" if value is None else None
     fields = {"values": values, "failure": failure} | more
-    return results.Sample(case, server, number, f"2030-01-01T00:00:0{number}Z", "abc1234", 0.1, 100.0, **fields)
+    return results.Sample(case, server, number, f"2030-01-01T00:00:0{number}Z", "abc1234", 0.1, 100.0, 0.01, **fields)
 
 
 def everything() -> results.Results:
