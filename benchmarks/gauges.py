@@ -109,7 +109,9 @@ def tree(bench: Bench, server: Server, case: Case, workers: int | None = None) -
 def workers(bench: Bench, server: Server, case: Case) -> Load:
     one, four = tree(bench, server, case, 1), tree(bench, server, case, 4)
     values = {"one": one.values["tree"], "four": four.values["tree"]}
-    return Load(values | {"worker": (values["four"] - values["one"]) / 3}, one.errors | four.errors)
+    return Load(
+        values | {"worker": (values["four"] - values["one"]) / 3}, dict(Counter(one.errors) + Counter(four.errors))
+    )
 
 
 def start(bench: Bench, server: Server, case: Case) -> Load:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
 from array import array
@@ -25,7 +26,7 @@ try:
 finally:
     sys.path.remove(str(BENCHMARKS))
 
-LINES_MAX = 500
+LINES_MAX, FUNCTION_MAX = 500, 60  # as in the package
 FACTS = {
     "cpu": "a <CPU> & more",
     "cores": 2,
@@ -132,10 +133,12 @@ def test_the_json_body_is_1_kib_and_comes_back_as_it_was() -> None:
 
 
 def test_files_and_functions_are_short() -> None:
-    long = {"reload_storm.py"}  # one program, of two parts
-    for path in BENCHMARKS.glob("*.py"):
-        if path.name not in long:
-            assert len(path.read_text(encoding="utf-8").splitlines()) <= LINES_MAX, path.name
+    for path in {*BENCHMARKS.glob("*.py"), *BENCHMARKS.glob("apps/*.py")} - {BENCHMARKS / "reload_storm.py"}:
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= LINES_MAX, path.name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < FUNCTION_MAX, f"{path.name}: {node.name}"
 
 
 def test_the_full_set_takes_about_40_minutes_at_most() -> None:
