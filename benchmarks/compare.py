@@ -11,12 +11,15 @@ only: cores are pinned, processes looked up in ``/proc``. The method and its lim
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import datetime
 import http.client
 import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -32,9 +35,11 @@ from servers import HERE, Bench, RunFailed, ask, check_pinned, serving
 
 REPORT, CHART = HERE / "RESULTS.md", HERE / "results.svg"
 FAILED, NOT_DONE = 1, 3  # exit statuses
+STOLEN_MAX = 0.1  # of a core, by the hypervisor: a run with more says little about the server, so it is repeated
 PEAK_SECONDS = 2  # of saturation, which tells what half of the peak is
 # What a run takes besides load and warm-up, seconds, generously: an estimate for --limit.
 OVERHEAD = {Kind.LATENCY: 6, Kind.IDLE: 8, Kind.WORKERS: 10, Kind.TREE: 7, Kind.RELOAD: 14, Kind.BALANCE: 6}
+TROUBLE = (RunFailed, OSError, http.client.HTTPException)  # of a run, which then has no value
 GAUGES = {
     Kind.IDLE: gauges.idle,
     Kind.WORKERS: gauges.workers,
@@ -61,43 +66,62 @@ def under_load(bench: Bench, case: Case, server: Server, options: argparse.Names
     return Load(found.values, {f"{kind} in warm-up": n for kind, n in warm.errors.items()} | found.errors, found.busy)
 
 
-def slowest_half(bench: Bench, case: Case, options: argparse.Namespace) -> float:
-    """Half of the peak of the slowest server of a case."""
+def slowest_half(bench: Bench, case: Case, options: argparse.Namespace) -> float | None:
+    """Half of the peak of the slowest server of a case, without those that fail: their own run says why."""
     peaks = []
     for name in case.servers:
-        with serving(bench, SERVERS[name], case) as running:
+        with contextlib.suppress(*TROUBLE), serving(bench, SERVERS[name], case) as running:
             run_wrk(bench, running, case, options.warmup)
             peaks.append(run_wrk(bench, running, case, PEAK_SECONDS).values["rate"])
-    return min(peaks) / 2
+    return min(peaks) / 2 if peaks else None
 
 
-def measure_round(bench: Bench, case: Case, number: int, options: argparse.Namespace, before: float) -> list[Sample]:
+def measure_one(
+    bench: Bench, case: Case, number: int, name: str, options: argparse.Namespace, rate: float | None
+) -> Sample:
+    """One server in one round, once."""
+    when = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    speed, found, failure = core_speed(bench.server_core), Load({}), None
+    steal = Steal(bench.server_core, bench.client_core)
+    try:
+        if case.kind in GAUGES:
+            found = GAUGES[case.kind](bench, SERVERS[name], case)
+        else:
+            found = under_load(bench, case, SERVERS[name], options, rate)
+    except TROUBLE as error:
+        failure = str(error) or repr(error)
+    about = (case.name, name, number, when, options.commit, options.load, speed, steal.share())
+    return Sample(*about, found.values, found.errors, found.busy, failure)
+
+
+def settled(
+    bench: Bench, case: Case, number: int, name: str, options: argparse.Namespace, rate: float | None
+) -> Sample:
+    """The first run without too much steal; when there is none, the one with the least. Errors of all are kept."""
+    runs: list[Sample] = []
+    for _ in range(1 + options.repeats):
+        runs.append(measure_one(bench, case, number, name, options, rate))
+        if runs[-1].stolen <= STOLEN_MAX or runs[-1].failure:
+            break
+    best = runs[-1] if runs[-1].failure else min(runs, key=lambda sample: sample.stolen)
+    errors = sum((Counter(sample.errors) for sample in runs), Counter[str]())
+    return dataclasses.replace(best, errors=dict(errors), repeated=len(runs) - 1)
+
+
+def measure_round(bench: Bench, case: Case, number: int, options: argparse.Namespace) -> list[Sample]:
     """Each server of a case once. Every round begins with another one, so that none is always the first."""
     turn = (number - 1) % len(case.servers)
-    rate: float | None = None
-    trouble: str | None = None
-    if case.same_rate:
-        try:
-            rate = slowest_half(bench, case, options)
-        except (RunFailed, OSError, http.client.HTTPException) as error:
-            trouble = f"no rate for all: {error}"
+    rate = slowest_half(bench, case, options) if case.same_rate else None
     samples = []
     for name in (*case.servers[turn:], *case.servers[:turn]):
-        when = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-        speed, found, failure = core_speed(bench.server_core), Load({}), trouble
-        steal = Steal(bench.server_core, bench.client_core)
-        try:
-            if failure is None and case.kind in GAUGES:
-                found = GAUGES[case.kind](bench, SERVERS[name], case)
-            elif failure is None:
-                found = under_load(bench, case, SERVERS[name], options, rate)
-        except (RunFailed, OSError, http.client.HTTPException) as error:
-            failure = str(error) or repr(error)
-        about = (case.name, name, number, when, options.commit, before, speed, steal.share())
-        samples.append(Sample(*about, found.values, found.errors, found.busy, failure))
-        shown = ", ".join(f"{found.values[m.key]:,.{m.digits}f} {m.heading}" for m in case.kind.metrics if found.values)
-        told = failure.splitlines()[0] if failure else f"{shown} {found.errors or ''}"
-        print(f"{case.name} {number}/{options.rounds}  {SERVERS[name].label}: {told}", file=sys.stderr)
+        sample = settled(bench, case, number, name, options, rate)
+        samples.append(sample)
+        shown = ", ".join(
+            f"{sample.values[m.key]:,.{m.digits}f} {m.heading}" for m in case.kind.metrics if sample.values
+        )
+        told = sample.failure.splitlines()[0] if sample.failure else f"{shown} {sample.errors or ''}"
+        label = SERVERS[name].label
+        print(f"{case.name} {number}/{options.rounds}  {label}: {told}, stolen {sample.stolen:.0%}", file=sys.stderr)
     return samples
 
 
@@ -109,7 +133,7 @@ def estimate(case: Case, options: argparse.Namespace) -> float:
 
 def measure(bench: Bench, cases: Sequence[Case], results: Results, options: argparse.Namespace) -> bool:
     """Whether all rounds are there. Saves after each round; what the file has already is not measured again."""
-    began, before = time.monotonic(), os.getloadavg()[0]
+    began = time.monotonic()
     for case in cases:
         for number in range(1, options.rounds + 1):
             if results.has_round(case, number):
@@ -117,7 +141,7 @@ def measure(bench: Bench, cases: Sequence[Case], results: Results, options: argp
             if options.limit and time.monotonic() - began + estimate(case, options) > options.limit:
                 print(f"stopping before round {number} of {case.name}: --limit", file=sys.stderr)
                 return False
-            results.samples += measure_round(bench, case, number, options, before)
+            results.samples += measure_round(bench, case, number, options)
             if options.json:
                 save(options.json, results)
     return True
@@ -155,6 +179,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=positive, default=3, help="turns of every server (default 3)")
     parser.add_argument("--seconds", type=positive, default=3, help="measured seconds of each run (default 3)")
     parser.add_argument("--warmup", type=positive, default=1, help="seconds of load before that (default 1)")
+    parser.add_argument(
+        "--repeats", type=int, default=2, help=f"of a run with more steal than {STOLEN_MAX:.0%} of a core (default 2)"
+    )
     parser.add_argument("--server-core", type=int, help="core of the servers (default: the first allowed)")
     parser.add_argument("--client-core", type=int, help="core of the load (default: the next on other hardware)")
     parser.add_argument("--peers-python", metavar="PATH", help="interpreter with the peers, not benchmarks/.peers")
@@ -185,7 +212,7 @@ def collect(options: argparse.Namespace, cases: Sequence[Case]) -> tuple[Results
     """What was measured, and whether that is all."""
     bench = make_bench(options)
     os.sched_setaffinity(0, {bench.client_core})
-    options.commit = commit()
+    options.commit, options.load = commit(), os.getloadavg()[0]
     facts = gather_facts(bench) | {"seconds": options.seconds, "warmup": options.warmup}
     results = load(options.json, facts) if options.json else Results(facts)
     minutes = sum(estimate(case, options) for case in cases for _ in range(options.rounds)) / 60

@@ -13,6 +13,9 @@ from results import Results, Sample, Verdict, describe_errors, judge, median, ra
 BUSY_CLIENT = 0.9  # from this share of its core on, the client may be what limits a run
 LATE_CLIENT = 0.2  # from this share of the server's p99 on, the client's own delay blurs it
 
+ROUNDS_ENOUGH = 3
+STOLEN_MUCH = 0.1  # of a core, by the hypervisor
+
 GROUPS = (
     ("Requests a second", (Kind.THROUGHPUT,), "More is better; the ratio is apphost's number divided by the other's."),
     (
@@ -105,7 +108,7 @@ def wanted_table(verdicts: Sequence[Verdict], results: Results) -> list[str]:
     return [
         "## Figures wanted",
         "",
-        *table(("case", "server", "against", "wanted", "reached (by round)", ""), rows, 3),
+        *table(("case", "server", "against", "wanted", "reached (by round)", "verdict"), rows, 3),
         "",
     ]
 
@@ -117,7 +120,10 @@ def left_out(results: Results) -> list[str]:
             reasons.setdefault((SERVERS[server].label, reason), []).append(case.title)
     if not reasons:
         return []
-    lines = [f"- {label}: {reason} ({'; '.join(titles)})." for (label, reason), titles in reasons.items()]
+    lines = [
+        f"- {label}: {reason} ({'; '.join(titles) if len(titles) < 4 else f'{len(titles)} cases'})."
+        for (label, reason), titles in reasons.items()
+    ]
     return ["## Left out", "", *lines, ""]
 
 
@@ -139,10 +145,11 @@ def when_table(results: Results) -> list[str]:
                 f"{max(sample.load for sample in samples):.2f}",
                 f"{min(speeds) / typical:.0%} - {max(speeds) / typical:.0%}",
                 f"{statistics.median(s.stolen for s in samples):.0%}, {max(s.stolen for s in samples):.0%}",
+                str(sum(s.repeated for s in samples)),
             ]
         )
     headings: tuple[str, ...] = ("case", "", "apphost at", "first run, UTC", "last run", "rounds", "load before")
-    headings += ("speed of the core", "stolen: median, most")
+    headings += ("speed of the core", "stolen: median, most", "repeated")
     return ["## When", "", *table(headings, rows, 5), ""]
 
 
@@ -172,6 +179,18 @@ def notes(results: Results) -> list[str]:
     return ["## Notes", "", *(f"- {note}" for note in found), ""] if found else []
 
 
+def warning(results: Results) -> list[str]:
+    """In front of everything: why these figures are not to be relied on."""
+    rounds = min(len({s.round for s in results.samples if s.case == case.name}) for case in results.cases())
+    stolen = sum(sample.stolen > STOLEN_MUCH for sample in results.samples)
+    reasons = [f"a case has {rounds} of at least {ROUNDS_ENOUGH} rounds"] if rounds < ROUNDS_ENOUGH else []
+    if stolen > len(results.samples) / 10:
+        reasons.append(
+            f"during {stolen} of {len(results.samples)} runs the hypervisor took more than {STOLEN_MUCH:.0%} of a core"
+        )
+    return [f"**Preliminary: {', and '.join(reasons)}.**", ""] if reasons else []
+
+
 def machine(facts: dict[str, Any]) -> str:
     packages = {**facts["peers"]["packages"], **facts["apphost"]["packages"]}
     known = ", ".join(f"{name} {packages[name]}" for name in PACKAGES if packages.get(name))
@@ -189,6 +208,7 @@ def render(results: Results) -> str:
         "",
         "Written by `compare.py`; [README.md](README.md) says how it is measured and how to read it.",
         "",
+        *warning(results),
         machine(results.facts),
         "",
         "![apphost beside its peers, bars by case](results.svg)",

@@ -22,7 +22,8 @@ class Sample:
 
     ``when``: UTC, ISO 8601. ``load``: the load average before the program began. ``core_speed``: turns a second of a
     fixed loop. ``busy``: the share of its core that the client used. ``stolen``: the share of one of the two cores, the
-    larger one, that the hypervisor took for others during the run, start and end of the server included.
+    larger one, that the hypervisor took for others during the run, start and end of the server included. ``repeated``:
+    how many other runs were thrown away, because too much was stolen.
     """
 
     case: str
@@ -37,6 +38,7 @@ class Sample:
     errors: dict[str, int] = field(default_factory=dict)
     busy: float | None = None
     failure: str | None = None
+    repeated: int = 0
 
 
 @dataclass

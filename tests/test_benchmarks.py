@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import sys
 from array import array
@@ -295,6 +296,38 @@ def test_the_report_says_what_failed_and_what_was_unfair() -> None:
     assert "apphost runs on Python 3.11.7, its peers on 3.12.0" in text
     assert "used up to 95% of its core" in text
     assert "not comparable" in text
+
+
+def test_the_report_warns_of_few_rounds_and_of_a_machine_that_is_not_there() -> None:
+    found = everything()
+    assert "**Preliminary: a case has 2 of at least 3 rounds.**" in report.render(found)
+    third = [dataclasses.replace(each, round=3) for each in found.samples if each.round == 1]
+    enough = results.Results(FACTS, found.samples + third)
+    assert "Preliminary" not in report.render(enough)
+    enough.samples = [dataclasses.replace(each, stolen=0.3) for each in enough.samples]
+    assert "the hypervisor took more than 10% of a core" in report.render(enough)
+
+
+def stories(monkeypatch: pytest.MonkeyPatch, *runs: results.Sample) -> results.Sample:
+    """What counts when a server is measured with these outcomes, one after another."""
+    left = list(runs)
+    monkeypatch.setattr(compare, "measure_one", lambda *_: left.pop(0))
+    found = compare.settled(None, cases.CASES[0], 1, "apphost", SimpleNamespace(repeats=2), None)
+    assert found.repeated == len(runs) - len(left) - 1
+    return found
+
+
+def test_a_run_of_which_too_much_was_stolen_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to twice; then the least counts. Errors of all are kept, and a failure is not repeated away."""
+    quiet = sample("asgi-hello", "apphost", 1, 5.0, errors={"read": 1})
+    noisy = dataclasses.replace(quiet, stolen=0.5, values={"rate": 9.0})
+    less = dataclasses.replace(quiet, stolen=0.2, values={"rate": 7.0})
+    failed = sample("asgi-hello", "apphost", 1, None)
+    assert stories(monkeypatch, quiet, noisy).values == {"rate": 5.0}
+    second = stories(monkeypatch, noisy, quiet)
+    assert (second.values, second.errors) == ({"rate": 5.0}, {"read": 2})
+    assert stories(monkeypatch, noisy, less, noisy).values == {"rate": 7.0}
+    assert stories(monkeypatch, noisy, failed).failure
 
 
 def test_the_chart_is_well_formed_and_has_a_bar_for_each_number() -> None:
