@@ -11,7 +11,7 @@ from apphost.interfaces import environ as module
 from apphost.interfaces.environ import base_environ, path_info, request_environ
 from apphost.interfaces.wsgi_io import ErrorLog, FileWrapper
 from apphost.logs import Log
-from apphost.protocols.base import Headers, RequestHead
+from apphost.protocols.base import Fields, Headers, RequestHead
 
 BODY = io.BytesIO()
 
@@ -21,6 +21,7 @@ class FakeStream:
 
     def __init__(self, target: bytes, headers: Headers) -> None:
         self.head = RequestHead("POST", target, "1.1", headers)
+        self.head.take(Fields("1.1", headers))
         self.head.raw_path, _, self.head.query = target.partition(b"?")
         self.scheme = "http"
         self.client: tuple[str, int] | None = ("10.0.0.1", 4711)

@@ -211,7 +211,7 @@ def http_scope(stream: Stream, root_path: str, state: dict[str, Any] | None) -> 
         "raw_path": raw_path,
         "query_string": head.query,
         "root_path": root_path,
-        "headers": head.headers,
+        "headers": head.headers.copy(),  # other requests may share them
         "client": stream.client,
         "server": stream.server,
         "extensions": stream.extensions(),

@@ -82,7 +82,10 @@ class WsgiInterface:
     def handle(self, stream: Stream) -> WsgiRequest:
         request = self.request_type(self, stream)
         self.active.add(request)
-        request.body_arrived()
+        if stream.head.has_body:
+            request.body_arrived()
+        else:
+            request.submit()
         return request
 
 
@@ -161,8 +164,6 @@ class WsgiRequest:
         if self.submitted:
             if self.input is not None:
                 self.input.arrived()
-        elif not self.stream.head.has_body:
-            self.submit()
         elif self.stream.body_complete or not (self._queued or self.stream.head.expect):
             self._gather()
         elif not self._queued:  # the body comes when the application reads

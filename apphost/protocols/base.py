@@ -39,6 +39,26 @@ class ResponseError(RuntimeError):
     """The application broke the rules of a response: an event out of order, more body than announced, a bad header."""
 
 
+class Fields:
+    """The header fields of a request, and what they mean together (`strict.examine_fields`). Requests that say the same
+    share one, so it is not changed any more, nor is anything in it.
+
+    version: that of the request, on which the meaning depends. asks: for a WebSocket, if it is a GET. The others: see
+    `RequestHead`.
+    variables: what the interface for WSGI makes of the fields, None until it has been asked to.
+    """
+
+    __slots__ = ("asks", "chunked", "content_length", "expect", "headers", "keep_alive", "variables", "version")
+
+    def __init__(self, version: str, headers: Headers) -> None:
+        self.version = version
+        self.headers = headers
+        self.content_length: int | None = None
+        self.chunked = self.expect = self.asks = False
+        self.keep_alive = version == "1.1"
+        self.variables: dict[str, str] | None = None
+
+
 class RequestHead:
     """The head of one request.
 
@@ -47,7 +67,9 @@ class RequestHead:
     method: as sent, `str`, a token (RFC 9110, 5.6.2).
     target: as sent, `bytes`, visible ASCII.
     version: "1.0" or "1.1".
-    headers: (lower-case name, value without surrounding white space) in order, duplicates kept.
+    headers: (lower-case name, value without surrounding white space) in order, duplicates kept. Not to be changed:
+    other requests may share it.
+    fields: where `headers` and their meaning come from.
     raw_path, query: the target split at its first `?`, still encoded; the query is b"" when there is none.
     content_length: bytes, or None when not declared. chunked: the body has chunked framing.
     keep_alive: what the client wishes. expect: it waits for `100 Continue`. upgrade: it asks for a WebSocket.
@@ -57,6 +79,7 @@ class RequestHead:
         "chunked",
         "content_length",
         "expect",
+        "fields",
         "headers",
         "keep_alive",
         "method",
@@ -71,6 +94,7 @@ class RequestHead:
     target: bytes
     version: str
     headers: Headers
+    fields: Fields
     raw_path: bytes
     query: bytes
     content_length: int | None
@@ -84,6 +108,15 @@ class RequestHead:
         self.target = target
         self.version = version
         self.headers = headers
+
+    def take(self, fields: Fields) -> None:
+        """Mean what they mean."""
+        self.fields = fields
+        self.content_length = fields.content_length
+        self.chunked = fields.chunked
+        self.keep_alive = fields.keep_alive
+        self.expect = fields.expect
+        self.upgrade = fields.asks and self.method == "GET"
 
     @property
     def has_body(self) -> bool:

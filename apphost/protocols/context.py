@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from apphost.logs import Log
 from apphost.protocols.base import Handler, HeadParser, Interface
 from apphost.protocols.deadlines import Deadlines
+from apphost.protocols.heads import HeadReader
 from apphost.protocols.response import ServerFields
 from apphost.protocols.strict import Limits
 
@@ -74,6 +75,7 @@ class Context:
         "deadlines",
         "draining",
         "errors",
+        "heads",
         "hosts",
         "interface",
         "keep_alive",
@@ -84,14 +86,12 @@ class Context:
         "on_enough",
         "on_idle",
         "on_socket",
-        "parser",
         "proxies",
         "request_ids",
         "requests",
         "requests_wanted",
         "server_fields",
         "timeouts",
-        "underscores",
         "websockets",
     )
 
@@ -114,13 +114,12 @@ class Context:
         request_ids: RequestIds | None = None,
     ) -> None:
         self.loop = loop
-        self.parser = parser
         self.log = log
         self.limits = limits or Limits()
+        self.heads = HeadReader(parser, self.limits, underscores)
         self.timeouts = timeouts or Timeouts()
         self.server_fields = server_fields or ServerFields(date=True, server=True)
         self.access_log = access_log
-        self.underscores = underscores
         self.websockets = websockets
         self.proxies = proxies
         self.hosts = hosts

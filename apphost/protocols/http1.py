@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from apphost.protocols import strict
-from apphost.protocols.base import BadRequest, RequestHead
+from apphost.protocols.base import BadRequest
 from apphost.protocols.body import decoder_for
 from apphost.protocols.capsule import Capsule
 from apphost.protocols.context import Context
@@ -29,7 +29,6 @@ from apphost.protocols.exchange import DISCARD_MAX, HIGH_WATER, Exchange
 from apphost.protocols.handshake import read_handshake
 from apphost.protocols.opening import Opening, restore_websocket
 from apphost.protocols.response import error_response
-from apphost.protocols.strict import METHODS, UNDERSCORE, VERSIONS, check_raw, examine
 from apphost.protocols.websocket import WebSocket
 from apphost.protocols.wire import Phase, Wire, addresses
 
@@ -183,14 +182,7 @@ class Connection(Wire):
         self.scanned = 0
         context = self.context
         try:
-            method, target, version = check_raw(raw, context.limits)
-            try:
-                headers = context.parser.parse(raw)
-            except BadRequest:
-                headers = strict.split_fields(raw)
-            head = RequestHead(METHODS.get(method) or method.decode("ascii"), target, VERSIONS[version], headers)
-            # Most heads have no underscore anywhere, and one search of the whole is cheaper than one for each name.
-            examine(head, context.underscores if UNDERSCORE in raw else "allow")
+            head = context.heads.read(raw)
             decoder = None
             if head.content_length or head.chunked:
                 decoder = decoder_for(head.content_length, head.chunked, context.limits)

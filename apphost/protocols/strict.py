@@ -1,8 +1,9 @@
 """The strict layer: what a request must look like before any parser or application may see it.
 
-Two steps, the same for every parser. `check_raw` looks at the bytes of a head; `examine` looks at the parsed head and
-decides its framing. Parsers are lenient, each in its own way, and a difference in leniency between two hops is what
-request smuggling is made of; so whatever one parser would let pass and another would not is refused here first.
+Two steps, the same for every parser. `check_raw` looks at the bytes of a head; `examine_fields` and `take_target` look
+at the parsed head and decide its framing. Parsers are lenient, each in its own way, and a difference in leniency
+between two hops is what request smuggling is made of; so whatever one parser would let pass and another would not is
+refused here first.
 
 Sources: RFC 9112 (HTTP/1.1 syntax), RFC 9110 (semantics), and the security history of other servers.
 """
@@ -14,7 +15,7 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import unquote_to_bytes
 
-from apphost.protocols.base import BadRequest, Headers, RequestHead
+from apphost.protocols.base import BadRequest, Fields, Headers, RequestHead
 
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110, 5.6.2
 _VALUE = rb"[\t\x20-\x7e\x80-\xff]*"  # RFC 9110, 5.5: no control byte but HTAB, so no NUL, bare CR or bare LF
@@ -186,29 +187,37 @@ def check_partial(data: bytes, scanned: int, limits: Limits) -> None:
 
 
 def examine(head: RequestHead, underscores: str = "drop") -> None:
-    """Check what the fields of a parsed head mean together, and fill in the framing attributes of `head`.
+    """Check what a parsed head means, and fill in all the attributes of `head`. Raises `BadRequest`."""
+    fields = examine_fields(head.headers, head.version, underscores)
+    head.headers = fields.headers
+    head.take(fields)
+    take_target(head)
+
+
+def examine_fields(headers: Headers, version: str, underscores: str = "drop") -> Fields:
+    """Check what the fields of a head mean together.
 
     `underscores` is what happens to fields with `_` in their name ("drop", "refuse", "allow"): once `-` has become `_`
     in CGI variables, `X_Real_Ip` cannot be told from `X-Real-Ip`, which a proxy may have set (CVE-2015-0219).
 
-    Raises `BadRequest`: 400, 417 (expectation), 501 (transfer coding, CONNECT).
+    Raises `BadRequest`: 400, 417 (expectation), 501 (transfer coding).
     """
-    fields = dict(head.headers)
-    if len(fields) != len(head.headers):
-        fields = _join_repeated(head.headers)
-    if underscores != "allow" and UNDERSCORE in b"".join(fields):
-        _handle_underscores(head, underscores)
-    modern = head.version == "1.1"
-    host = fields.get(b"host")
+    values = dict(headers)
+    if len(values) != len(headers):
+        values = _join_repeated(headers)
+    if underscores != "allow" and UNDERSCORE in b"".join(values):
+        headers = _without_underscores(headers, underscores)
+    fields = Fields(version, headers)
+    host = values.get(b"host")
     if host not in _HOSTS:
-        _check_host(host, modern)
-    head.chunked = False
-    head.content_length = None
-    head.expect = False
-    head.upgrade = False
-    head.keep_alive = modern
-    if not _FRAMING_FIELDS.isdisjoint(fields):
-        _decide_framing(head, fields, modern)
+        _check_host(host, version == "1.1")
+    if not _FRAMING_FIELDS.isdisjoint(values):
+        _decide_framing(fields, values)
+    return fields
+
+
+def take_target(head: RequestHead) -> None:
+    """Split the target into path and query. Raises `BadRequest`: 400, 501 (CONNECT)."""
     target = head.target
     if target[0] != _SLASH or _NUMBER_SIGN in target or head.method == "CONNECT":
         target = _other_form(head, target)
@@ -229,16 +238,17 @@ def _join_repeated(headers: Headers) -> dict[bytes, bytes]:
     return fields
 
 
-def _handle_underscores(head: RequestHead, underscores: str) -> None:
+def _without_underscores(headers: Headers, underscores: str) -> Headers:
     if underscores == "refuse":
         raise BadRequest(400, "header field names with an underscore are refused")
-    head.headers = [item for item in head.headers if b"_" not in item[0]]
+    return [item for item in headers if b"_" not in item[0]]
 
 
-def _decide_framing(head: RequestHead, fields: dict[bytes, bytes], modern: bool) -> None:
+def _decide_framing(fields: Fields, values: dict[bytes, bytes]) -> None:
     """RFC 9112, 6.3, without its leniency: one coding, one length, never both. And what depends on the framing."""
-    length = fields.get(b"content-length")
-    coding = fields.get(b"transfer-encoding")
+    modern = fields.version == "1.1"
+    length = values.get(b"content-length")
+    coding = values.get(b"transfer-encoding")
     if coding is not None:
         if coding.lower() != b"chunked":
             raise BadRequest(*_BAD_CODING)
@@ -246,22 +256,22 @@ def _decide_framing(head: RequestHead, fields: dict[bytes, bytes], modern: bool)
             raise BadRequest(400, "Transfer-Encoding needs HTTP/1.1")
         if length is not None:
             raise BadRequest(400, "Content-Length and Transfer-Encoding exclude each other")
-        head.chunked = True
+        fields.chunked = True
     elif length is not None:
         if _DIGITS.fullmatch(length) is None:
             raise BadRequest(*_BAD_LENGTH)
-        head.content_length = int(length)
-    expect = fields.get(b"expect")
+        fields.content_length = int(length)
+    expect = values.get(b"expect")
     if expect is not None and modern:
         if expect.lower() != b"100-continue":
             raise BadRequest(417, "the only expectation understood is 100-continue")
-        head.expect = head.has_body
-    connection = fields.get(b"connection")
+        fields.expect = fields.chunked or bool(fields.content_length)
+    connection = values.get(b"connection")
     if connection is not None:
-        head.keep_alive = _wishes_keep_alive(connection, modern)
-        upgrade = fields.get(b"upgrade")
-        if upgrade is not None and head.method == "GET":
-            head.upgrade = b"upgrade" in _words(connection) and b"websocket" in _words(upgrade)
+        fields.keep_alive = _wishes_keep_alive(connection, modern)
+        upgrade = values.get(b"upgrade")
+        if upgrade is not None:
+            fields.asks = b"upgrade" in _words(connection) and b"websocket" in _words(upgrade)
 
 
 def _words(value: bytes) -> list[bytes]:
