@@ -33,6 +33,19 @@ def test_outcomes() -> None:
     assert history.given_up["reason"] == "it could not boot"
 
 
+def test_a_generation_that_shows_a_failure_is_no_success() -> None:
+    """Development mode: the page that says why is served by a generation of its own."""
+    history = History(1.0)
+    history.note_complete(1, 5.0, "serving")
+    history.note_given_up(2, 6.0, "given up", Failure("it raised", "Traceback", 3))
+    history.note_stand_in(3)
+    assert history.given_up is not None
+    assert history.outcome(3, target=3) == history.given_up, "who waits for the newest is told the same"
+    history.note_complete(4, 7.0, "serving")
+    assert history.given_up is None
+    assert history.reloads == {"given up": 1, "complete": 1}, "and nothing was superseded"
+
+
 def test_it_is_bounded() -> None:
     history = History(1.0)
     for number in range(1, 100):

@@ -246,8 +246,8 @@ class Arbiter:
         self._introduce(worker)
 
     def _adopt_settings(self, new: Settings, generation: int) -> None:
-        """A generation works, so its settings are the ones that count from now on."""
-        if new == self.settings or self.fleet.good != generation:
+        """A generation works, so its settings are the ones that count from now on; those of an error page never are."""
+        if new == self.settings or self.fleet.good != generation or generation == self.fleet.stand_in:
             return
         self.settings = new
         self.log.adopt(new.log_level, new.log_format)
@@ -436,9 +436,11 @@ class Arbiter:
             if server.ignored:
                 named = ", ".join(server.ignored)
                 self.log.warning(f"settings that need a restart have changed and stay as they were: {named}")
-        report = reports.complete(action.generation, self.settings, self.fleet.size, seconds)
+        stand_in = action.generation == self.fleet.stand_in
+        report = reports.complete(action.generation, self.settings, self.fleet.size, seconds, stand_in)
         self._say(report, generation=action.generation, workers=self.fleet.size)
-        self.tell(What.COMPLETE, generation=action.generation, text=report.message)
+        what = What.STANDS_IN if stand_in else What.COMPLETE
+        self.tell(what, generation=action.generation, text=report.message)
         self._asked_at.clear()
 
     def _given_up(self, action: v.GenerationGivenUp) -> None:

@@ -83,7 +83,7 @@ class Development:
         elif what is What.GIVEN_UP:
             self._failure = happening.generation, happening.failure
             self._spare_at = time.monotonic() + SPARE_DELAY
-        elif what is What.COMPLETE:
+        elif what in (What.COMPLETE, What.STANDS_IN):
             self._spare_at = time.monotonic() + SPARE_DELAY
             if self._watcher is not None and self._order() != self._watcher.order:
                 self._end()  # the settings say something else by now

@@ -57,6 +57,12 @@ class History:
         self.given_up |= {"reason": reason, "detail": detail}
         return self._note(self.given_up)
 
+    def note_stand_in(self, generation: int) -> None:
+        """It shows why the one before was given up: no reload, and for whoever waits for it given up as well."""
+        if self.given_up is not None:
+            self._outcomes[generation] = self.given_up
+        self._decided = max(self._decided, generation)
+
     def _note(self, outcome: Outcome) -> Outcome:
         number = outcome["generation"]
         if number > 1:  # the first one is a start
@@ -123,6 +129,8 @@ class Historian:
         worker = happening.worker
         if happening.what is What.COMPLETE:
             self.history.note_complete(happening.generation, at, happening.text)
+        elif happening.what is What.STANDS_IN:
+            self.history.note_stand_in(happening.generation)
         elif happening.what is What.GIVEN_UP:
             self.history.note_given_up(happening.generation, at, happening.text, happening.failure)
         elif happening.what is What.GONE and worker is not None:

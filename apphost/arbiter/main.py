@@ -17,6 +17,7 @@ from apphost.arbiter.control import Control, open_control
 from apphost.arbiter.history import Historian, History
 from apphost.arbiter.hooks import ArbiterHooks
 from apphost.arbiter.pidfile import PidFile
+from apphost.arbiter.reports import counted
 from apphost.arbiter.rotation import Rotation
 from apphost.arbiter.services import Happening, What
 from apphost.arbiter.state import StateError
@@ -90,7 +91,7 @@ def resume(word: str) -> int:
         take_over(arbiter, state)
         log.info(
             f"upgraded: apphost {apphost.__version__} on Python {platform.python_version()} goes on with "
-            f"{len(arbiter.workers)} workers, pid {os.getpid()}"
+            f"{counted(len(arbiter.workers), 'worker')}, pid {os.getpid()}"
         )
         # An arbiter that knew of no control sockets has handed over none.
         control = socket.socket(fileno=state.control) if state.control >= 0 else open_control(settings, own, log)
@@ -231,7 +232,7 @@ def _say_hello(loaded: Loaded, listeners: list[Listener], log: Log) -> None:
     settings = loaded.settings
     log.info(
         f"apphost {apphost.__version__} on Python {platform.python_version()} starts {settings.app} with "
-        f"{settings.workers} worker{'s' if settings.workers != 1 else ''}, pid {os.getpid()}"
+        f"{counted(settings.workers, 'worker')}, pid {os.getpid()}"
     )
     for warning in loaded.warnings:
         log.warning(warning)

@@ -17,6 +17,11 @@ class Report(NamedTuple):
     detail: str = ""
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 worker`, `2 workers`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def who(worker: WorkerProcess) -> dict[str, Any]:
     """A worker for the machine-readable log."""
     return {"worker": worker.wid, "generation": worker.generation, "worker_pid": worker.pid}
@@ -65,11 +70,11 @@ def stuck(reason: Reason, settings: Settings) -> str:
     return f"its event loop did not answer for timeout, {settings.timeout:g} s: code of the application blocks it"
 
 
-def complete(generation: int, settings: Settings, size: int, seconds: float) -> Report:
-    workers = f"{size} worker{'s' if size != 1 else ''}"
+def complete(generation: int, settings: Settings, size: int, seconds: float, stand_in: bool) -> Report:
+    what = f"an error page in place of {settings.app}" if stand_in else settings.app
+    with_ = counted(size, "worker")
     return Report(
-        "info",
-        f"generation {generation} is serving {settings.app} with {workers}, {seconds:.2f} s after it was asked for",
+        "info", f"generation {generation} is serving {what} with {with_}, {seconds:.2f} s after it was asked for"
     )
 
 

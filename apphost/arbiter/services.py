@@ -25,6 +25,7 @@ class What(enum.Enum):
     PROBATION = "probation"  # generation, worker
     COMPLETE = "complete"  # generation, text
     GIVEN_UP = "given up"  # generation, text, failure
+    STANDS_IN = "stands in"  # generation, text: it serves the page that shows why the one before was given up
     STOP_ASKED = "stop asked"  # text: by whom
     UPGRADE_GIVEN_UP = "upgrade given up"  # text: why
 

@@ -11,6 +11,7 @@ from apphost.arbiter.fleet import KILL_GRACE
 from apphost.arbiter.fleet import Worker as Member
 from apphost.arbiter.history import History
 from apphost.arbiter.processes import WorkerProcess
+from apphost.arbiter.reports import counted
 from apphost.lifecycle import State
 from apphost.settings import SETTINGS
 from apphost.sockets import describe
@@ -32,7 +33,8 @@ def status(arbiter: Arbiter, history: History, now: float) -> Status:
     given_up = history.given_up
     ok = state == "serving" and not given_up and not _silent(workers)
     if state == "serving" and given_up:
-        what = f"the last reload was given up, generation {fleet.good} serves on"
+        serves = "an error page is served" if fleet.good == fleet.stand_in else f"generation {fleet.good} serves on"
+        what = f"the last reload was given up, {serves}"
     return {
         "version": apphost.__version__,
         "python": platform.python_version(),
@@ -71,7 +73,7 @@ def _state(arbiter: Arbiter, workers: list[Status]) -> tuple[str, str]:
     fleet = arbiter.fleet
     ready = sum(worker["state"] == State.READY.value for worker in workers)
     if fleet.stopping:
-        return "stopping", f"stopping, {len(workers)} workers are left"
+        return "stopping", f"stopping, {counted(len(workers), 'worker')} left"
     if fleet.stop_at is not None:
         return "stopping", "told to stop; serving on for shutdown_delay"
     if not fleet.good:

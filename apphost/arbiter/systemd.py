@@ -54,6 +54,7 @@ MOVES: Mapping[tuple[Phase, What], Phase] = {
     (Phase.RELOADING, What.RELOAD_ASKED): Phase.RELOADING,  # said again: whoever asked waits for a later timestamp
     (Phase.RELOADING, What.COMPLETE): Phase.SERVING,
     (Phase.RELOADING, What.GIVEN_UP): Phase.SERVING,
+    (Phase.RELOADING, What.STANDS_IN): Phase.SERVING,
     (Phase.RELOADING, What.STOP_ASKED): Phase.STOPPING,
 }
 

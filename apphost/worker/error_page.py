@@ -14,7 +14,7 @@ from typing import Any
 
 from apphost.settings import Settings
 
-NAME = "apphost.worker.error_page:ErrorPage"  # in the log, in place of the application
+NAME = "apphost.worker.error_page:ErrorPage"  # in place of the application, in what a worker tells of itself
 MARK = "X-Apphost-Error"  # the field by which the page knows itself: the generation whose failure it shows
 POLL = 400  # ms between two looks of an open page: soon enough for one who has just saved, and cheap
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.operating import status
 from tests.process.browser import browser
 from tests.support import RawClient, Response, Server, alive, descendants, processes, wait_for, write_app
 
@@ -135,7 +136,13 @@ def test_a_broken_save_shows_its_reason_until_it_is_mended(tmp_path: Path) -> No
         assert client.request("GET", "/").body == b"one"
         write_app(tmp_path, "app", "def app(:  # <script>alert(1)</script>\n")
         server.wait_line("error generation 2 given up: .*SyntaxError.* An error page is served until it is mended")
-        server.wait_line("generation 3 is serving")
+        server.wait_line("generation 3 is serving an error page in place of app:app")
+        told = status(server)
+        assert (told["app"], told["ok"], told["what"]) == (
+            "app:app", False, "the last reload was given up, an error page is served"
+        )  # fmt: skip
+        assert told["given_up"]["generation"] == 2
+        assert not {"interface", "lifespan", "preload"} & told["settings"].keys(), "the page's own are not the user's"
         page = client.request("GET", "/anything?x=1", HTML)
         text = page.body.decode()
         assert page.status == 500
@@ -154,6 +161,7 @@ def test_a_broken_save_shows_its_reason_until_it_is_mended(tmp_path: Path) -> No
         wait_for(lambda: b"nothing_of_this_name" in served(server).body)
         save(tmp_path, "mended")
         becomes(server, "mended")
+        assert status(server)["ok"]
         head = client.request("HEAD", "/")
         assert (head.status, head.header(b"x-apphost-error")) == (200, None), "so an open page loads itself anew"
         assert server.stop() == 0
