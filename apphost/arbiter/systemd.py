@@ -150,6 +150,8 @@ class Notifier:
         told = [f"MAINPID={os.getpid()}"] if resumed else []
         if self.phase is Phase.RELOADING:
             told.append(self._reloading())
+        elif self.phase is Phase.STARTING:
+            told.append(self._extend())
         self._tell(*told, *self._news())
         if self._interval:
             self._beat()
@@ -199,10 +201,13 @@ class Notifier:
 
     def _reloading(self) -> str:
         """With the time at which it began: a `Type=notify-reload` unit ignores words that are older than its signal."""
-        return f"RELOADING=1\nMONOTONIC_USEC={int(self._clock() * 1e6)}"
+        return f"RELOADING=1\nMONOTONIC_USEC={int(self._clock() * 1e6)}\n{self._extend()}"
 
     def _extend(self) -> str:
-        """What we allow ourselves for the next step, so that the manager's own limit does not cut it short."""
+        """What we allow ourselves for the next step, so that the manager's own limit does not cut it short.
+
+        Also when nothing boots yet: the fork server comes first, and with `preload` it imports the application.
+        """
         settings = self._arbiter.settings
         seconds = settings.boot_timeout
         if self.phase is Phase.RELOADING:  # the next worker may wait for the drains of those before it
