@@ -4,6 +4,7 @@
 # RELEASE is a directory, as `current` is to name it: releases/43, or an absolute path. Where: SITE is the directory of
 # `current`, PIDFILE the server's pidfile, TIMEOUT the seconds that the reload may take, APPHOST the command.
 # Exit code: 0 when every worker runs RELEASE, else that of `apphost reload --wait`, or 1 when it did not come so far.
+# Interrupted (INT, TERM, HUP), it switches back as after a failure.
 set -eu
 
 release=${1:?usage: deploy.sh RELEASE}
@@ -26,13 +27,23 @@ switch_to() {
 
 reload() {
     # Unquoted: it may be several words. The lock must not be inherited by what might outlive this script.
-    $apphost reload --wait --timeout "$timeout" --pidfile "$pidfile" 9>&-
+    $apphost reload --wait --timeout "$timeout" --pidfile "$pidfile" 9>&- &
+    child=$!
+    wait "$child" # a signal ends this at once, and not a command in the foreground
 }
 
-previous=$(readlink current)
-switch_to "$release"
+previous=$(readlink current) || { echo "deploy: $site/current is no symbolic link" >&2; exit 1; }
 code=0
+child=
+trap 'kill "$child" 2>/dev/null || :' INT TERM HUP
+switch_to "$release"
 reload || code=$?
+# Overtaken by a reload that was asked for later, as logrotate does. It is of the same release: see how that goes.
+if [ "$code" -eq 9 ]; then
+    code=0
+    reload || code=$?
+fi
+trap '' INT TERM HUP # a rollback is not left half-way
 if [ "$code" -eq 0 ]; then
     echo "deploy: $release serves"
     exit 0

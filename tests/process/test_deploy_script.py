@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,12 +39,24 @@ def server(folder: Path) -> Iterator[Server]:
         yield server
 
 
+def environment(folder: Path, timeout: str) -> dict[str, str]:
+    told = {"SITE": str(folder), "PIDFILE": f"{folder}/pid", "TIMEOUT": timeout}
+    return {**Server._environment({}), **told, "APPHOST": f"{sys.executable} -m apphost"}
+
+
 def deploy(folder: Path, release: str, timeout: str = "60") -> subprocess.CompletedProcess[str]:
-    env = {**Server._environment({}), "SITE": str(folder), "PIDFILE": f"{folder}/pid", "TIMEOUT": timeout}
-    env["APPHOST"] = f"{sys.executable} -m apphost"
+    env = environment(folder, timeout)
     return subprocess.run(
         ["sh", str(SCRIPT), release], env=env, capture_output=True, text=True, timeout=90, check=False
     )
+
+
+def begin(folder: Path, release: str) -> subprocess.Popen[str]:
+    """In a process group of its own, as of a terminal."""
+    return subprocess.Popen(
+        ["sh", str(SCRIPT), release], env=environment(folder, "60"), text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
 
 
 def current(folder: Path) -> str:
@@ -85,6 +98,38 @@ def test_code_that_hangs_is_rolled_back(folder: Path, server: Server) -> None:
     assert {ask(server.port).version for _ in range(10)} == {"one"}
 
 
+def test_another_reload_in_the_middle_is_no_failure(folder: Path, server: Server) -> None:
+    """Such as that of logrotate: it brings the release as well."""
+    wait = "\nwhile not os.path.exists('../../boot'): time.sleep(0.01)\n"
+    write_app(folder / "releases" / "2", "app", site("asgi", "two") + wait)
+    with begin(folder, "releases/2") as script:
+        server.wait_line("gen 2 booting")
+        server.signal(signal.SIGUSR1)
+        server.wait_line("SIGUSR1 received")
+        (folder / "boot").touch()
+        said, _ = script.communicate(timeout=60)
+    assert script.returncode == 0, said
+    assert "generation 2 was superseded" in said
+    assert said.endswith("deploy: releases/2 serves\n")
+    assert current(folder) == "releases/2"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_deploy_is_rolled_back(folder: Path, server: Server, number: signal.Signals) -> None:
+    with begin(folder, "releases/4") as script:
+        server.wait_line("gen 2 booting")
+        if number is signal.SIGINT:  # from a terminal, to everybody in the foreground
+            os.killpg(script.pid, number)
+        else:
+            script.send_signal(number)
+        said, _ = script.communicate(timeout=60)
+    assert script.returncode == 128 + number, said
+    assert f"deploy: releases/4 is not served (exit code {128 + number}), back to releases/1" in said
+    assert "failed, too" not in said
+    assert current(folder) == "releases/1"
+    assert status(server)["ok"]
+
+
 def test_what_cannot_even_begin(folder: Path) -> None:
     done = deploy(folder, "releases/9")
     assert (done.returncode, done.stderr) == (1, f"deploy: there is no directory releases/9 in {folder}\n")
@@ -92,6 +137,9 @@ def test_what_cannot_even_begin(folder: Path) -> None:
     assert done.returncode == 7
     assert "cannot read the pidfile" in done.stderr
     assert current(folder) == "releases/1"
+    (folder / "current").unlink()
+    done = deploy(folder, "releases/2")
+    assert (done.returncode, done.stderr) == (1, f"deploy: {folder}/current is no symbolic link\n")
     with subprocess.Popen(["flock", f"{folder}/deploy.lock", "cat"], stdin=subprocess.PIPE) as other:
         wait_for(lambda: deploy(folder, "releases/2").stderr == "deploy: another deploy is running\n")
         assert other.stdin is not None
