@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +25,7 @@ from apphost.worker.inquiry import (
     task_stacks,
     thread_stacks,
 )
+from tests.support import wait_for
 
 
 def exchange(path: bytes = b"/", started_at: float = 0.0, method: str = "GET") -> Any:
@@ -141,22 +143,34 @@ def test_stacks_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_stacks_of_threads() -> None:
-    ready, done = threading.Event(), threading.Event()
+    """Whoever is busy comes first; a pool that waits is one stack."""
+    ready, done = threading.Barrier(4), threading.Event()
 
     def waits_here() -> None:
-        ready.set()
+        ready.wait(10)
         done.wait(10)
 
-    thread = threading.Thread(target=waits_here, name="the-thread")
-    thread.start()
+    def is_busy() -> None:
+        ready.wait(10)
+        while not done.is_set():
+            time.sleep(0.001)
+
+    threads = [threading.Thread(target=waits_here, name=f"pool-{number}") for number in (2, 1)]
+    threads.append(threading.Thread(target=is_busy, name="busy"))
+    for thread in threads:
+        thread.start()
     try:
-        assert ready.wait(10)
+        ready.wait(10)
+        assert wait_for(lambda: "2 threads, pool-1, pool-2:" in thread_stacks())
         lines = list(thread_stacks())
     finally:
         done.set()
-        thread.join()
-    at = lines.index("thread the-thread:")
-    assert any(line.endswith("in waits_here") for line in lines[at:])
+        for thread in threads:
+            thread.join()
+    busy, pool = lines.index("thread busy:"), lines.index("2 threads, pool-1, pool-2:")
+    assert busy < pool
+    assert lines[busy + 1].endswith("in is_busy"), "the frames that start a thread tell nothing"
+    assert lines[pool + 1].endswith("in waits_here")
     assert any("runs the event loop" in line for line in lines)
 
 

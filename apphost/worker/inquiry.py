@@ -176,22 +176,31 @@ def _bytes(connection: Connection) -> tuple[int | None, int | None]:
 
 
 def thread_stacks() -> Iterable[str]:
-    """All threads, ours included: a line of what it is, then its frames, innermost last."""
+    """All threads, ours included: a line of what it is, then its frames, innermost last.
+
+    Those that are at the same place, as a pool that waits for work, are told together, and after the others.
+    """
     names = {thread.ident: thread.name for thread in threading.enumerate()}
+    alike: dict[tuple[str, ...], list[str]] = {}
     for ident, frame in sys._current_frames().items():
-        if ident == threading.get_ident():
-            yield f"thread {names.get(ident, ident)}: runs the event loop, which has just answered; see the tasks"
-            continue
-        yield f"thread {names.get(ident, ident)}:"
-        yield from _frames(frame)
+        if ident != threading.get_ident():
+            alike.setdefault(tuple(_frames(frame)), []).append(str(names.get(ident, ident)))
+    for frames, which in sorted(alike.items(), key=lambda item: len(item[1])):
+        yield f"thread {which[0]}:" if len(which) == 1 else f"{len(which)} threads, {', '.join(sorted(which))}:"
+        yield from frames
+    own = threading.current_thread().name
+    yield f"thread {own}: runs the event loop, which has just answered; see the tasks"
 
 
 def _frames(frame: FrameType | None) -> list[str]:
-    lines: list[str] = []
-    while frame is not None and len(lines) < FRAMES_MAX:
-        lines.append(_place(frame.f_code, frame.f_lineno))
+    """Innermost last, without those of `threading` that every thread begins with."""
+    places: list[tuple[CodeType, int]] = []
+    while frame is not None and len(places) < FRAMES_MAX:
+        places.append((frame.f_code, frame.f_lineno))
         frame = frame.f_back
-    return lines[::-1]
+    while len(places) > 1 and places[-1][0].co_filename == threading.__file__:
+        places.pop()
+    return [_place(code, line) for code, line in reversed(places)]
 
 
 def _place(code: CodeType, line: int) -> str:
