@@ -219,9 +219,7 @@ def test_start() -> None:
     story = Story(workers=2, boot_timeout=60.0)
     story.notifier.begin()
     # At once: with `preload` the application is imported before there is a worker that boots.
-    assert story.said == [
-        "EXTEND_TIMEOUT_USEC=65000000\nSTATUS=starting shop:app, 0 of 2 workers ready, generation 1"
-    ]
+    assert story.said == ["EXTEND_TIMEOUT_USEC=65000000\nSTATUS=starting shop:app, 0 of 2 workers ready, generation 1"]
     story.feed(Tick())
     assert story.tell(What.BOOTING) == ["EXTEND_TIMEOUT_USEC=65000000"]
     assert story.ready(1) == ["READY=1\nSTATUS=serving shop:app, 1 of 2 workers ready, generation 1"]
@@ -234,10 +232,8 @@ def test_reload() -> None:
     story = Story(boot_timeout=60.0, graceful_timeout=30.0)
     story.start()
     story.now = 123.5
-    assert story.reload() == [
-        "RELOADING=1\nMONOTONIC_USEC=123500000\nEXTEND_TIMEOUT_USEC=96000000\n"
-        "STATUS=reloading shop:app, 1 of 1 workers ready, generation 1"
-    ]
+    words = ("RELOADING=1", "MONOTONIC_USEC=123500000", "EXTEND_TIMEOUT_USEC=96000000")
+    assert story.reload() == ["\n".join((*words, "STATUS=reloading shop:app, 1 of 1 workers ready, generation 1"))]
     (said,) = story.tell(What.BOOTING)
     assert said.startswith("EXTEND_TIMEOUT_USEC=96000000\nSTATUS=reloading")
     assert said.endswith("generation 2 boots")
