@@ -48,6 +48,12 @@ def test_status() -> None:
     )
 
 
+def test_answers_with_5xx_have_a_column_when_there_are_any() -> None:
+    heads, healthy, failing = shown(worker(1), worker(2, errors=41)).splitlines()[3:6]
+    assert heads.split()[5:7] == ["requests", "5xx"]
+    assert (healthy.split()[6], failing.split()[6]) == ("-", "41")
+
+
 def test_rates_since_the_sample_before() -> None:
     found = status(worker(1))
     text = render.status_text(found, {}, 100.0, {1: (98.0, 100, 1.0)})

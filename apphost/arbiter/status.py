@@ -53,7 +53,9 @@ def status(arbiter: Arbiter, history: History, now: float) -> Status:
         "canary_left": _left(fleet.canary_until, now),
         "stop_in": None if fleet.stopping else _left(fleet.stop_at, now),
         "pause_left": _left(fleet.not_before, now),
-        "listening": [describe(listener) for listener in arbiter.listeners if listener.fileno() >= 0],
+        "listening": [
+            describe(listener, bool(settings.tls_certfile)) for listener in arbiter.listeners if listener.fileno() >= 0
+        ],
         "workers": workers,
         "fork_servers": [{"generation": g, "pid": server.pid} for g, server in arbiter.fork_servers.running.items()],
         "figures": figures(os.getpid()),

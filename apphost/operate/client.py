@@ -13,6 +13,7 @@ from typing import Any
 
 from apphost.endpoint import AUTO, OFF, abstract_sockets, find_abstract
 from apphost.errors import ApphostError, GoneError, TimedOutError, UnreachableError
+from apphost.logs import escape
 from apphost.peers import Peer, peer_of
 from apphost.settings import ENV_PREFIX
 
@@ -20,6 +21,8 @@ CONNECT_TIMEOUT = 5.0  # s; the kernel connects at once unless the arbiter's bac
 ANSWER_TIMEOUT = 30.0  # s for an answer that needs no waiting; that of 1024 blocked workers takes longer, and says so
 COME_BACK = 20.0  # s for an arbiter that replaces its program to answer again
 LINE_MAX = 1 << 23  # bytes of a line of the answer; the arbiter sends less than half of that
+SERVERS_SHOWN = 16  # of several, to choose from: a screenful
+INTRODUCE_TIMEOUT = 0.5  # s for each of them to say what it is
 _READ_SIZE = 65536
 _CHECK = 0.05  # s between two looks at a process where the system does not tell of its end
 
@@ -76,9 +79,20 @@ class Session:
             if line.get("done"):
                 return
 
+    def silence(self, seconds: float | None = None) -> str:
+        """What to say when nothing has come, for `seconds`."""
+        within = f" within {seconds:g} s" if seconds is not None else " in time"
+        told = f"the arbiter{self.process} has not answered{within}"
+        if self.process.stopped():
+            return f"{told}: its process is stopped, by SIGSTOP or a debugger: `kill -CONT {self.process.pid}`"
+        return f"{told}: it, or the machine, is very busy, or nobody reads the log that it writes. Its workers serve on"
+
     def ask(self, request: Line, timeout: float = ANSWER_TIMEOUT) -> Line:
         """The last line of the answer."""
-        *_, last = self.talk(request, time.monotonic() + timeout)
+        try:
+            *_, last = self.talk(request, time.monotonic() + timeout)
+        except TimedOutError:
+            raise TimedOutError(self.silence(timeout)) from None
         return last
 
     def _line(self, deadline: float) -> Line:
@@ -89,7 +103,7 @@ class Session:
                 self.sock.settimeout(_left(deadline))
                 data = self.sock.recv(_READ_SIZE)
             except TimeoutError:
-                raise TimedOutError("the end was not seen in time") from None
+                raise TimedOutError(self.silence()) from None
             except OSError:
                 data = b""
             if not data:
@@ -160,6 +174,10 @@ class Process:
             pass
         return False
 
+    def stopped(self) -> bool:
+        """Whether it is known to be suspended."""
+        return _state(self.pid) in ("T", "t")
+
     def wait(self, deadline: float) -> bool:
         """Whether it goes in time."""
         while not self.gone():
@@ -204,12 +222,23 @@ def open_session(target: Target) -> Session:
             session.close()
     if len(chosen) == 1:
         return chosen[0]
+    if not chosen:
+        raise UnreachableError(_nothing_found(target, pid))
+    pids = ", ".join(str(session.peer.pid or f"{session.named} (in its own namespace)") for session in chosen)
+    served = "\n".join(map(_introduce, chosen[:SERVERS_SHOWN]))
     for session in chosen:
         session.close()
-    if chosen:
-        pids = ", ".join(str(session.peer.pid or f"{session.named} (in its own namespace)") for session in chosen)
-        raise UnreachableError(f"there are several servers: pid {pids}. Name one with --pid or --pidfile")
-    raise UnreachableError(_nothing_found(target, pid))
+    raise UnreachableError(f"there are several servers: pid {pids}. Name one with --pid or --pidfile", served)
+
+
+def _introduce(session: Discovered) -> str:
+    """What distinguishes it from other servers of this user, as far as it tells."""
+    which = f"    --pid {session.peer.pid or session.named}"
+    try:
+        found = session.ask({"do": "status"}, INTRODUCE_TIMEOUT)["status"]
+        return escape(f"{which}  {found['app']} in {found['cwd']}, {', '.join(found['listening']) or 'stopping'}")
+    except (ApphostError, Ended, LookupError, TypeError):
+        return f"{which}  does not say what it serves"
 
 
 def _nothing_found(target: Target, pid: int) -> str:
@@ -219,7 +248,39 @@ def _nothing_found(target: Target, pid: int) -> str:
     if not pid:
         return f"no server of this user is running here ({hint})"
     whose = f", which {target.pidfile} names," if target.pidfile else ""
+    if _ended(pid):
+        return f"there is no process {pid}{whose.rstrip(',')}: that server has ended"
+    owner = _owner(pid)
+    if os.geteuid() not in (0, owner) and owner is not None:
+        return f"process {pid}{whose} belongs to user {owner}: only that user and root may command it"
     return f"process {pid}{whose} is no server that this user may command ({hint})"
+
+
+def _state(pid: int) -> str:
+    """The letter of proc(5), empty where nobody tells."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
+
+
+def _ended(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return _state(pid) == "Z"
+
+
+def _owner(pid: int) -> int | None:
+    """The user of a process, None where nobody tells."""
+    try:
+        return os.stat(f"/proc/{pid}").st_uid
+    except OSError:
+        return None
 
 
 class Discovered(Session):
@@ -276,11 +337,14 @@ def _at_path(path: str) -> Session:
 def _read_pid(path: str) -> int:
     try:
         with open(path, encoding="ascii") as file:
-            return int(file.read(32))
+            pid = int(file.read(32))
     except OSError as exc:
         raise UnreachableError(f"cannot read the pidfile {path}: {exc.strerror}") from None
     except ValueError:
-        raise UnreachableError(f"{path} is no pidfile: it does not hold a number") from None
+        pid = 0
+    if not 0 < pid < 2**31:  # 0 would be any server
+        raise UnreachableError(f"{path} is no pidfile: it does not hold the number of a process")
+    return pid
 
 
 def follow(session: Session, request: Line, deadline: float, show: Callable[[Line], None]) -> Line:

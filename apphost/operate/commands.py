@@ -164,6 +164,8 @@ def _answers(session: Session, request: Line) -> list[Line]:
 @_timeout
 def reload_(wait: bool, timeout: float | None, **which: Any) -> None:
     """Have a new generation of workers replace the present one."""
+    if timeout is not None and not wait:
+        raise click.UsageError("--timeout is for how long to wait: add --wait")
     with _session(**which) as session:
         if not wait:
             asked = session.ask({"do": "reload"})
@@ -182,20 +184,29 @@ def upgrade(timeout: float | None, **which: Any) -> None:
 
 def _follow(session: Session, request: Line, timeout: float | None) -> Line:
     seconds = timeout or WAIT
+    heard = False
+    awaited = 0
     trouble: list[str] = []
 
     def show(line: Line) -> None:
+        nonlocal heard, awaited
+        heard = True
+        if line.get("event") == "waiting":
+            awaited = line.get("generation", 0)
         if line.get("version"):
             click.echo(f"{render.clock(time.time())} the arbiter is apphost {escape(str(line['version']))}")
+        if line.get("event") == "gone" and line.get("detail") and line.get("generation") == awaited:
+            trouble[:] = [str(line.get("text")), str(line["detail"])]
+            line = {**line, "detail": ""}  # it comes with the error, at the end
         text = render.progress_text(line)
         if text:
             click.echo(text)
-        if line.get("event") == "gone" and line.get("detail"):
-            trouble[:] = [str(line.get("text")), str(line["detail"])]
 
     try:
         return follow(session, request, time.monotonic() + seconds, show)
     except TimedOutError:
+        if not heard or session.process.stopped():
+            raise TimedOutError(session.silence(seconds)) from None
         last = f" The last trouble: {escape(trouble[0])}" if trouble else ""
         detail = "\n".join(map(escape, trouble[1].splitlines())) if trouble else ""
         raise TimedOutError(

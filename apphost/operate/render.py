@@ -20,7 +20,8 @@ SLOW = 1.0  # s in progress, from which on a request is named
 Line = Mapping[str, Any]
 _NONE = "-"
 _WORKER = (
-    "worker", "gen", "state", "pid", "age", "requests", "req/s", "busy", "oldest", "conns", "RSS", "PSS", "CPU", "code",
+    "worker", "gen", "state", "pid", "age", "requests", "5xx", "req/s", "busy", "oldest", "conns", "RSS", "PSS", "CPU",
+    "code",
 )  # fmt: skip
 
 
@@ -121,9 +122,10 @@ def status_text(status: Line, pss: Mapping[int, int], at: float, before: Mapping
         rate, cpu = _rates(each, at, before)
         rows.append([
             str(each["worker"]), str(each["generation"]), str(each["state"]), str(each["pid"]), duration(each["age"]),
-            number(each["requests"]), rate, str(each["in_progress"]),
-            duration(each["oldest"]["seconds"]) if each["oldest"] else _NONE, number(each["connections"]),
-            size(each["rss"]), size(pss.get(each["pid"])), cpu, str(each["code"].get("hash", _NONE))[:8],
+            number(each["requests"]), number(each["errors"]) if each["errors"] else _NONE, rate,
+            str(each["in_progress"]), duration(each["oldest"]["seconds"]) if each["oldest"] else _NONE,
+            number(each["connections"]), size(each["rss"]), size(pss.get(each["pid"])), cpu,
+            str(each["code"].get("hash", _NONE))[:8],
         ])  # fmt: skip
     lines = textwrap.wrap(escape(_about(status)), WIDTH, break_on_hyphens=False)
     lines += ["", *table(_WORKER, rows, ("state", "code")), ""]

@@ -51,6 +51,8 @@ def test_reloads_that_fail_and_succeed(tmp_path: Path, preload: str) -> None:
         assert "line 2, in helper\n    raise RuntimeError('the database has gone')\n" in done.stderr
         assert "RuntimeError: the database has gone" in done.stderr
         assert re.search(r"^\S+ waiting for generation 2$", done.stdout, re.MULTILINE)
+        assert "worker 3 gen 2 could not boot" in done.stdout
+        assert "Traceback" not in done.stdout, "once is enough"
         found = status(server)
         assert (found["state"], found["ok"], found["good"]) == ("serving", False, 1)
         assert found["given_up"]["generation"] == 2
@@ -122,7 +124,24 @@ def test_an_arbiter_that_dies_while_waited_for(tmp_path: Path) -> None:
         assert f"the arbiter, pid {server.pid}, has ended" in err
         done = operate(server, "status")
         assert done.returncode == 7
-        assert f"process {server.pid} is no server that this user may command" in done.stderr
+        assert done.stderr == f"apphost: error: there is no process {server.pid}: that server has ended\n"
+        (tmp_path / "left").write_text(f"{server.pid}\n")
+        done = command("status", "--pidfile", str(tmp_path / "left"))
+        assert done.returncode == 7
+        assert f"no process {server.pid}, which {tmp_path}/left names: that server has ended" in done.stderr
+
+
+def test_an_arbiter_that_does_not_answer(tmp_path: Path) -> None:
+    """11, and why: whoever is on call learns more than that time has passed."""
+    with serving(tmp_path, "asgi") as server:
+        server.signal(signal.SIGSTOP)
+        try:
+            done = operate(server, "reload", "--wait", "--timeout", "0.5")
+        finally:
+            server.signal(signal.SIGCONT)
+        assert done.returncode == 11
+        assert f"the arbiter, pid {server.pid}, has not answered within 0.5 s: its process is stopped" in done.stderr
+        assert f"`kill -CONT {server.pid}`" in done.stderr
 
 
 def test_a_canary(tmp_path: Path) -> None:
@@ -143,6 +162,12 @@ def test_a_canary(tmp_path: Path) -> None:
             raw(server.port, request_bytes("GET", "/", [("Connection", "close")]))
         assert waiting.returncode == 8
         assert re.search(r"its canary answered (\d+) of \1 requests with 5xx", waiting.communicate()[1])
+
+
+def test_a_time_to_wait_is_not_silently_ignored() -> None:
+    """Else a script that forgets --wait takes 0 for a reload that went well."""
+    done = command("reload", "--timeout", "60")
+    assert (done.returncode, done.stderr) == (2, "apphost: error: --timeout is for how long to wait: add --wait\n")
 
 
 def test_it_does_not_wait_unless_told_to(tmp_path: Path) -> None:
@@ -387,11 +412,14 @@ def test_several_servers_and_none(tmp_path: Path) -> None:
             assert done.returncode == 7
             pids = sorted((first.pid, second.pid))
             assert "there are several servers: pid " in done.stderr
-            assert all(str(pid) in done.stderr for pid in pids)
+            assert all(
+                re.search(rf"^    --pid {pid}  app:app in {tmp_path}, unix:\S+$", done.stderr, re.M) for pid in pids
+            )
             assert command("status", "--pid", str(second.pid), prefix=inside).returncode == 0
-    (tmp_path / "pid").write_text("none\n")
-    done = command("status", "--pidfile", str(tmp_path / "pid"))
-    assert (done.returncode, done.stderr) == (
-        7, f"apphost: error: {tmp_path / 'pid'} is no pidfile: it does not hold a number\n",
-    )  # fmt: skip
+    for text in ("none\n", "0\n", "-1\n", "9" * 30):
+        (tmp_path / "pid").write_text(text)
+        done = command("status", "--pidfile", str(tmp_path / "pid"))
+        assert (done.returncode, done.stderr) == (
+            7, f"apphost: error: {tmp_path / 'pid'} is no pidfile: it does not hold the number of a process\n",
+        )  # fmt: skip
     assert "cannot read the pidfile" in command("status", "--pidfile", os.devnull + "/x").stderr

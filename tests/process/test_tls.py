@@ -21,6 +21,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect as connect_websocket
 
+from tests import operating
 from tests import pki as pki_module
 from tests.load import Load, deploy, serving, site
 from tests.pki import Pki
@@ -143,6 +144,7 @@ def facts(server: Server, tls: ssl.SSLContext, host: str = "127.0.0.1", **more: 
 
 def test_listening_line(server: Server) -> None:
     assert server.wait_line(r"listening at https://127\.0\.0\.1:\d+$")
+    assert f"https://127.0.0.1:{server.port}" in operating.status(server)["listening"]
     assert server.wait_line(r"listening at http://127\.0\.0\.1:\d+$")
     assert server.wait_line(r"listening at unix:")
 
