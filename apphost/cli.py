@@ -37,7 +37,7 @@ class _Program(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         own = {name for parameter in self.get_params(ctx) for name in parameter.opts}
         asks_for_us = args and (self.knows(args[0]) or args[0] in own)
-        if not asks_for_us and not ctx.resilient_parsing:  # shell completion asks for the commands too
+        if not asks_for_us and (args or not ctx.resilient_parsing):  # shell completion of the first word: commands too
             args = ["run", *args]
             ctx.meta[_IMPLIED] = True
         return super().parse_args(ctx, args)
@@ -119,8 +119,9 @@ def _parameter(this: Setting) -> click.Parameter:
         return click.Option(["/".join(this.spellings), this.name], default=None, help=help_text)
     metavar = "|".join(this.choices) if this.choices else this.metavar or this.kind.metavar
     return click.Option(
-        [*this.spellings, this.name], type=click.STRING, multiple=this.is_list, metavar=metavar, help=help_text
-    )
+        [*this.spellings, this.name], type=click.STRING, multiple=this.is_list, metavar=metavar, help=help_text,
+        shell_complete=lambda _ctx, _param, begun: [word for word in this.choices if word.startswith(begun)],
+    )  # fmt: skip
 
 
 _PARAMETERS = [_parameter(this) for this in SETTINGS.values()]

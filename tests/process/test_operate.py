@@ -394,6 +394,8 @@ def test_completion(tmp_path: Path) -> None:
         assert "plain,--wait" in complete("apphost reload --w", 2)
         assert f"plain,{server.pid}" in complete("apphost status --pid ", 3)
         assert complete(f"apphost stacks --pid {server.pid} ", 4) == ["plain,1", "plain,2"]
+    assert complete("apphost shop:app --work", 2) == ["plain,--workers"], "`run` need not be typed"
+    assert complete("apphost run --log-level de", 3) == ["plain,debug"]
 
 
 def test_several_servers_and_none(tmp_path: Path) -> None:
