@@ -7,17 +7,15 @@ while, or ends, is replaced.
 from __future__ import annotations
 
 import functools
-import os
 import signal
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from apphost.arbiter.history import History
-from apphost.arbiter.processes import WorkerProcess, kill
+from apphost.arbiter.processes import WorkerProcess, kill, spawn_python
 from apphost.arbiter.services import Happening, What
 from apphost.arbiter.status import Status, status
 from apphost.logs import Log
@@ -229,32 +227,9 @@ def _moved(worker: WorkerProcess) -> int:
 def start_process(cwd: str, listeners: list[int]) -> tuple[int, Channel]:
     """(pid, channel) of a fresh interpreter that serves at `listeners`. Raises `OSError`."""
     ours, theirs = socket.socketpair()
-    # Blocked until the new program has handlers, as for fork servers.
-    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    try:
-        pid = os.fork()
-        if pid == 0:
-            _become_admin(cwd, theirs.fileno(), listeners)
-    except OSError:
-        ours.close()
-        raise
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, [])
-        theirs.close()
-    return pid, Channel(ours)
-
-
-def _become_admin(cwd: str, channel: int, listeners: list[int]) -> None:
-    """In the child: replace this program."""
-    try:
+    with theirs:
         try:
-            os.chdir(cwd)
+            return spawn_python(cwd, COMMAND, [theirs.fileno()], listeners), Channel(ours)
         except OSError:
-            pass  # it is needed only where apphost is imported from there
-        for fd in (channel, *listeners):
-            os.set_inheritable(fd, True)
-        os.execv(sys.executable, [sys.executable, "-c", COMMAND, str(channel)])  # noqa: S606
-    except BaseException as exc:
-        os.write(2, f"apphost: cannot start {sys.executable}: {exc}\n".encode())
-    finally:
-        os._exit(127)
+            ours.close()
+            raise

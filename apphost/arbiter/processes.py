@@ -129,13 +129,20 @@ def configure_fork_server(
 def start_process(command: str, cwd: str, fds: list[int]) -> tuple[int, Channel, int]:
     """A fresh interpreter that runs `command` with the descriptors of its channel and of the file for its last words.
 
-    It keeps `fds`. Returns its pid, our end of the channel, and the descriptor of that file.
+    It keeps `fds`. Returns its pid, our end of the channel, and the descriptor of that file. Raises `OSError`, and
+    leaves no descriptor behind.
     """
     ours, theirs = socket.socketpair()
-    dump = make_dump_file()
-    pid = spawn_python(cwd, command, [theirs.fileno(), dump], fds)
-    theirs.close()
-    return pid, Channel(ours), dump
+    with theirs:
+        dump = -1
+        try:
+            dump = make_dump_file()
+            return spawn_python(cwd, command, [theirs.fileno(), dump], fds), Channel(ours), dump
+        except OSError:  # tried again and again while the system has no processes left
+            ours.close()
+            if dump >= 0:
+                os.close(dump)
+            raise
 
 
 def spawn_python(
