@@ -68,9 +68,10 @@ class ArbiterHooks:
         self._next()
 
     def _next(self) -> None:
-        if self._channel is not None or not self._waiting:
-            return
-        message = self._waiting.popleft()
+        while self._channel is None and self._waiting:
+            self._start(self._waiting.popleft())
+
+    def _start(self, message: Message) -> None:
         name = f"on_{message['event']['name']}"
         self._what = f"the hook {name} = {message['settings'][name]!r}"
         ours, theirs = socket.socketpair()

@@ -88,14 +88,15 @@ class Upgrade:
         if not self._trial or pid != self._trial:
             return False
         self._trial = 0
-        self.deadline = None
+        expired, self.deadline = self.deadline is None, None
         arbiter = self._arbiter
         if arbiter.fleet.stopping:
             arbiter.log.info("the upgrade is dropped: this arbiter stops")
             arbiter.tell(What.UPGRADE_GIVEN_UP, text="this arbiter stops")
             return True
         if status != 0:
-            self._say_failed(f"the new program cannot start (its trial ended with {status})")
+            late = f"the new program did not show within {TRIAL_TIMEOUT:g} s that it can start"
+            self._say_failed(late if expired else f"the new program cannot start (its trial ended with {status})")
             return True
         channels = [worker.channel for worker in arbiter.workers.values()]
         channels += [server.channel for server in arbiter.fork_servers.running.values()]
