@@ -244,8 +244,7 @@ class Server:
         """Whatever is left has had its time."""
         if self._tick_handle is not None:
             self._tick_handle.cancel()
-        if self._meter is not None:
-            self._beat()  # what was counted since the last one
+        self._beat()  # what was counted since the last one
         cut = len(self.context.active)
         if cut:
             requests = ", ".join(self.describe_requests()[:5])
