@@ -24,7 +24,7 @@ PROTOCOL_VERSION = 1
 DUMP_SIGNAL = signal.SIGUSR2
 
 MAX_MESSAGE = 1 << 20  # bytes; the largest real one is a boot failure with its traceback, cut to 64 KiB by its sender
-MAX_FDS = 16  # per read; the most that any message carries is 1, and reads are 64 KiB apart
+MAX_FDS = 16  # of a message: an order to drain has one for each successor, and 16 are enough to spread connections over
 _READ_SIZE = 65536
 
 Message = dict[str, Any]
