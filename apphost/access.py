@@ -15,7 +15,7 @@ from json.encoder import encode_basestring_ascii
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from apphost.errors import nearest
-from apphost.logs import escape, query_hidden, show_raw, write_all
+from apphost.logs import PATIENCE, Log, Outlet, escape, query_hidden, show_raw
 
 if TYPE_CHECKING:
     import asyncio
@@ -300,12 +300,19 @@ class Sink(Protocol):
 class FileSink:
     """A descriptor; the lines of a turn in one write, so that those of many processes do not mix."""
 
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
+    def __init__(self, fd: int, log: Log) -> None:
+        """`log`: the server's own, which is told of lines that were dropped."""
+        self._outlet = Outlet(fd)
+        self._log = log
 
     def write(self, lines: list[str]) -> None:
+        lost = self._outlet.take_lost()
+        if lost:
+            self._log.warning(
+                f"{lost} lines of the access log were dropped: nobody read it for more than {PATIENCE:g} s"
+            )
         lines.append("")
-        write_all(self.fd, "\n".join(lines).encode("utf-8", "backslashreplace"))
+        self._outlet.write("\n".join(lines).encode("utf-8", "backslashreplace"), len(lines) - 1)
         lines.pop()
 
 

@@ -53,7 +53,7 @@ def open_access_sink(settings: Settings, directory: str, account: Account | None
         return None
     if target.startswith("syslog:"):
         return open_syslog(target.removeprefix("syslog:"), log)
-    return FileSink(open_log_file("access", target, directory, account))
+    return FileSink(open_log_file("access", target, directory, account), log)
 
 
 def parse_syslog(where: str) -> str | tuple[str, int]:

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import stat
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 _STDERR = 2
+PATIENCE = 1.0  # s; a reader that is only busy comes back sooner, and a worker that hangs longer misses its beats
+_PIECE = 4096  # bytes that a pipe takes at once when it is ready to take any: PIPE_BUF of Linux
 
 
 def escape(text: str) -> str:
@@ -123,6 +127,7 @@ class Log:
 
     def __init__(self, level: str = "info", style: str = "text", fd: int = _STDERR) -> None:
         self.fd = fd
+        self._outlet = Outlet(fd)
         self.adopt(level, style)
 
     def adopt(self, level: str, style: str) -> None:
@@ -133,7 +138,12 @@ class Log:
     def write(self, level: str, message: str, detail: str = "", **fields: Any) -> None:
         """Write one record. `fields` are machine-readable extras that the text form leaves out."""
         if LEVELS[level] >= self._least:
-            write_all(self.fd, self._format(time.time(), level, os.getpid(), message, detail, fields).encode())
+            lost = self._outlet.take_lost()
+            if lost:
+                self.warning(
+                    f"{lost} records of this log were dropped here: nobody read them for more than {PATIENCE:g} s"
+                )
+            self._outlet.write(self._format(time.time(), level, os.getpid(), message, detail, fields).encode())
             if self.relay is not None:
                 self.relay(level, message, detail)
 
@@ -150,13 +160,55 @@ class Log:
         self.write("error", message, detail, **fields)
 
 
-def write_all(fd: int, data: bytes) -> None:
-    """Write `data`, as far as the other end exists: a log that cannot be written never stops a server."""
-    while data:
+class Outlet:
+    """A descriptor that logs go to, and that nobody waits for long.
+
+    A pipe whose reader has stopped (a pager, a collector that hangs, a parent that never reads) is waited for once, for
+    `PATIENCE`. From then on records are dropped and counted in `lost` until it takes some again: a log must not stop a
+    server, and least of all one that is told to end.
+    """
+
+    __slots__ = ("_torn", "fd", "lost")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.lost = 0
+        self._torn = False  # the last record is there in part
+
+    def write(self, data: bytes, records: int = 1) -> None:
+        """Write `data`, which is so many `records`. Without a word if its reader is gone for good."""
+        if self._torn and self.flows(0):
+            data = b"\n" + data
+            self._torn = False
+        began = len(data)
+        while data:
+            if not self.flows(0 if self.lost else PATIENCE):
+                self.lost += records
+                self._torn = self._torn or len(data) < began
+                return
+            try:
+                data = data[os.write(self.fd, data if len(data) <= _PIECE else self._piece(data)) :]
+            except OSError:
+                return
+
+    def flows(self, patience: float) -> bool:
+        """Whether a write of `_PIECE` bytes would not block, now or within so many seconds."""
+        poll = select.poll()
+        poll.register(self.fd, select.POLLOUT)
+        return bool(poll.poll(patience * 1000))  # an error is for the write to find
+
+    def take_lost(self) -> int:
+        """How many records were dropped, to be told once now that it flows again; 0 as long as it does not."""
+        if not self.lost or not self.flows(0):
+            return 0
+        lost, self.lost = self.lost, 0
+        return lost
+
+    def _piece(self, data: bytes) -> bytes:
         try:
-            data = data[os.write(fd, data) :]
+            return data if stat.S_ISREG(os.fstat(self.fd).st_mode) else data[:_PIECE]
         except OSError:
-            return
+            return data
 
 
 # Names of descriptors that are there already. Opening them anew fails for a pipe of another user, and for a socket.

@@ -231,7 +231,7 @@ def written(tmp_path: Path) -> tuple[AccessLog, MadeLoop, Callable[[], list[str]
     """An access log to a file, its loop, and the lines that are there."""
     fd = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
     loop = MadeLoop()
-    log = AccessLog([FileSink(fd)], compile_format("auto", ORIGIN), loop)  # type: ignore[arg-type]
+    log = AccessLog([FileSink(fd, Log())], compile_format("auto", ORIGIN), loop)  # type: ignore[arg-type]
     return log, loop, lambda: (tmp_path / "log").read_text().splitlines()
 
 
@@ -259,7 +259,7 @@ def test_access_does_not_gather_without_bound(written: tuple[AccessLog, MadeLoop
 def test_every_sink_has_every_line(tmp_path: Path) -> None:
     path = tmp_path / "log"
     first, last = ListSink(), ListSink()
-    sinks = [first, FileSink(os.open(path, os.O_WRONLY | os.O_CREAT)), last]
+    sinks = [first, FileSink(os.open(path, os.O_WRONLY | os.O_CREAT), Log()), last]
     log = AccessLog(sinks, compile_format("%(target)s", ORIGIN), MadeLoop())  # type: ignore[arg-type]
     log.write(exchange(b"/1"))
     log.write(exchange(b"/2"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apphost.logs import LEVELS, Log, escape, format_json, format_text, is_journal, open_log, write_all
+from apphost import logs
+from apphost.logs import LEVELS, Log, Outlet, escape, format_json, format_text, is_journal, open_log
 
 WHEN = 1_700_000_000.1239
 ANYTHING = st.text(st.characters(codec=None), max_size=60)  # lone surrogates as well
@@ -91,18 +93,53 @@ def test_a_record_is_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_log_that_cannot_be_written_stops_nothing() -> None:
-    """A closed descriptor, a reader that is gone, a full pipe that does not block."""
-    write_all(99999, b"data")
+    """A closed descriptor, a reader that is gone."""
+    Outlet(99999).write(b"data")
     reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    write_all(writer, bytes(10_000_000))
     os.close(reader)
-    write_all(writer, b"data")
+    outlet = Outlet(writer)
+    outlet.write(b"data")
     os.close(writer)
+    assert outlet.lost == 0
     Log(fd=99999).error("message")
 
 
-def test_write_all_goes_on_after_a_short_write(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_reader_that_has_stopped_stops_nothing(blocking: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is waited for once; what it misses is counted, and told when it reads again, in whole lines."""
+    monkeypatch.setattr(logs, "PATIENCE", 0.05)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, blocking)
+    log = Log("info", "text", writer)
+    log.info("first")
+    before = time.monotonic()
+    for _ in range(300):
+        log.info("x" * 1000)
+    assert time.monotonic() - before < 5  # not 300 times the patience
+    log.info("y" * 10_000)
+    os.set_blocking(reader, False)
+    taken = drain(reader)
+    log.info("last")
+    told, last = drain(reader).decode().splitlines()[-2:]
+    os.close(reader)
+    os.close(writer)
+    assert " first\n" in taken.decode()
+    dropped = 301 - taken.count(b"xxx\n")
+    assert f"warning {dropped} records of this log were dropped here" in told
+    assert last.endswith(" info last")
+
+
+def drain(reader: int) -> bytes:
+    """All that is in a pipe."""
+    data = b""
+    while True:
+        try:
+            data += os.read(reader, 65536)
+        except BlockingIOError:
+            return data
+
+
+def test_an_outlet_goes_on_after_a_short_write(monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[bytes] = []
 
     def write(_fd: int, data: bytes) -> int:
@@ -110,8 +147,22 @@ def test_write_all_goes_on_after_a_short_write(monkeypatch: pytest.MonkeyPatch) 
         return len(written[-1])
 
     monkeypatch.setattr(os, "write", write)
-    write_all(1, b"0123456789")
+    Outlet(1).write(b"0123456789")
     assert b"".join(written) == b"0123456789"
+
+
+def test_a_record_that_was_torn_does_not_spoil_the_next_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "PATIENCE", 0.0)
+    reader, writer = os.pipe()
+    outlet = Outlet(writer)
+    outlet.write(b"x" * 1_000_000 + b"\n")
+    assert outlet.lost == 1
+    got = os.read(reader, 1_000_000)
+    assert set(got) == set(b"x")
+    outlet.write(b"next\n")
+    assert os.read(reader, 100) == b"\nnext\n"
+    os.close(reader)
+    os.close(writer)
 
 
 def test_open_log(tmp_path: Path) -> None:
@@ -123,7 +174,7 @@ def test_open_log(tmp_path: Path) -> None:
     path = tmp_path / "access"
     path.write_text("before\n")
     fd = open_log("access", str(tmp_path))
-    write_all(fd, b"after\n")
+    Outlet(fd).write(b"after\n")
     assert not os.get_inheritable(fd)
     os.close(fd)
     assert path.read_text() == "before\nafter\n"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
@@ -444,3 +447,49 @@ def test_bad_values(tmp_path: Path, option: str, value: str, why: str) -> None:
     with Server("wsgi_app:app", option, value, cwd=tmp_path, until=None) as server:
         assert server.wait_exit() == 2
         assert why in server.log
+
+
+# ------------------------------------------------------------------------------------------- a reader that has stopped
+
+
+@pytest.mark.parametrize("interface", ["wsgi", "asgi"])
+def test_a_full_pipe_for_a_log_stops_nothing(tmp_path: Path, interface: str) -> None:
+    """A parent that never reads, a pager, a collector that hangs: requests are answered, and TERM is obeyed."""
+    write_app(tmp_path, "app", WSGI if interface == "wsgi" else ASGI)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(65536))
+    os.set_blocking(writer, True)
+    port = free_port()
+    command = [sys.executable, "-m", "apphost", "app:app", "--bind", f"127.0.0.1:{port}", "--access-log", "-"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=writer, stderr=writer, start_new_session=True
+    )
+    try:
+        wait_for(lambda: answers(port), timeout=60)
+        for _ in range(20):
+            assert raw(port, request_bytes("GET", "/"), half_close=True).startswith(b"HTTP/1.1 200")
+        process.send_signal(signal.SIGUSR1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(60)
+        os.close(reader)
+        os.close(writer)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def answers(port: int) -> bool:
+    try:
+        return raw(port, request_bytes("GET", "/"), half_close=True).startswith(b"HTTP/1.1 200")
+    except OSError:
+        return False
