@@ -153,8 +153,7 @@ class Side:
         self.context.on_idle = self.sender.offer
         for channel in channels:
             self.sender.add(channel)
-        for connection in self.connections:
-            self.sender.offer(connection)
+        self.sender.offer_all(self.connections)
         return self.sender
 
     def _nobody_left(self) -> None:

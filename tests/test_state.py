@@ -166,6 +166,7 @@ fleet_workers = st.builds(
     Worker, wid=st.integers(1, 10**9), generation=st.integers(1, 9), born=times, state=st.sampled_from(State),
     ready_at=times, deadline=maybe, reason=st.none() | st.sampled_from(Reason), stale=st.booleans(),
     killed=st.booleans(),
+    connections=st.integers(0, 10**6),
 )  # fmt: skip
 fleets = st.builds(
     Fleet, config=fleet_configs, size=st.integers(1, 9), target=st.integers(1, 9), good=st.integers(0, 9),

@@ -70,6 +70,7 @@ class Worker:
     reason: Reason | None = None  # why it leaves
     stale: bool = False  # asked to be replaced (recycling)
     killed: bool = False
+    connections: int = 0  # at its last beat
 
 
 # ----------------------------------------------------------------------------------------------------------- fleet
@@ -230,6 +231,7 @@ def _worker_beat(fleet: Fleet, event: WorkerBeat, now: float) -> list[Action]:
     worker = fleet.workers.get(event.wid)
     if worker is not None and worker.state is State.READY:
         worker.deadline = now + fleet.config.timeout if fleet.config.timeout else None
+        worker.connections = event.connections
     return []
 
 
@@ -282,21 +284,16 @@ def _count_crash(fleet: Fleet, steady: bool, now: float) -> None:
         fleet.not_before = now + min(BACKOFF_MAX, BACKOFF_FIRST * 2 ** min(fleet.crashes - 1, 16))
 
 
-def _tick(_fleet: Fleet, _event: Tick, _now: float) -> list[Action]:
-    return []
-
-
 _HANDLERS: dict[type, Callable[..., list[Action]]] = {
     ReloadAsked: _reload_asked,
     StopAsked: _stop_asked,
     ScaleAsked: _scale_asked,
     WorkerReady: _worker_ready,
-    WorkerBeat: _worker_beat,
     WorkerAsksReplacement: _worker_asks_replacement,
     CanaryFailed: _canary_failed,
     WorkerLeaves: _worker_leaves,
     WorkerGone: _worker_gone,
-    Tick: _tick,
+    Tick: lambda _fleet, _event, _now: [],  # it is for what is due
 }
 
 # ------------------------------------------------------------------------------------------------------- deadlines
@@ -393,14 +390,17 @@ def _upgrade(fleet: Fleet, now: float) -> Spawn | None:
 
 
 def _retire(fleet: Fleet, now: float) -> Action | None:
-    """More ready workers than wanted: drain one, old code first, then who asked for it, then the oldest."""
+    """More ready workers than wanted: drain one, old code first, then who asked for it, then the emptiest.
+
+    So the connections of the full ones move when there are more to share them.
+    """
     # A worker on probation is extra until it has passed: nothing old retires for it.
     ready = [w for w in fleet.having(State.READY) if fleet.canary_until is None or w.generation <= fleet.good]
     if len(ready) <= fleet.size:
         boots = fleet.having(State.BOOTING)
         surplus = len(fleet.having(State.BOOTING, State.READY)) > fleet.size + SURGE
         return _drain(fleet, boots[-1], Reason.SCALE_DOWN, now) if surplus else None
-    victim = min(ready, key=lambda w: (fleet.is_fresh(w), w.generation, not w.stale, w.wid))
+    victim = min(ready, key=lambda w: (fleet.is_fresh(w), w.generation, not w.stale, w.connections, w.wid))
     replaced = any(w.generation > victim.generation for w in ready)
     return _drain(fleet, victim, victim.reason or (Reason.RELOAD if replaced else Reason.SCALE_DOWN), now)
 
@@ -438,13 +438,14 @@ def _drain(fleet: Fleet, worker: Worker, reason: Reason, now: float) -> Action:
 def _successors(fleet: Fleet, worker: Worker) -> list[int]:
     """Who may take over the connections of `worker`: what is newest among the ready, which need not be the target.
 
-    Only proven code; and older code only where the worker's own has been given up.
+    Only proven code; and older code only where the worker's own has been given up. The emptiest first.
     """
     given_up = worker.generation > fleet.good
     ready = [w for w in fleet.having(State.READY) if w.generation <= fleet.good]
     ready = [w for w in ready if given_up or w.generation >= worker.generation]
     ready = [w for w in ready if not w.stale] or ready
     newest = max((w.generation for w in ready), default=0)
+    ready.sort(key=lambda w: w.connections)
     return [w.wid for w in ready if w.generation == newest]
 
 

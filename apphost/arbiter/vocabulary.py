@@ -75,7 +75,10 @@ class WorkerReady:
 
 @dataclass(frozen=True, slots=True)
 class WorkerBeat:
+    """A worker is well, and has so many `connections`."""
+
     wid: int
+    connections: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,9 @@ When the receiver dies before COMMIT, or does not answer, the sender still owns 
 sender dies before COMMIT, the receiver closes what it was given. What one successor refuses (it is full, or drains
 itself) is offered to the next one at once, and half a second later to all again; what cannot move is drained the
 ordinary way.
+
+Each goes to the successor that has the fewest connections, as its last answer has told; so the first new worker of a
+reload does not end up with most of them. Ten thousand move a few at a time, with turns for the others in between.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import asyncio
 import os
 import socket
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from apphost.logs import Log
@@ -38,6 +41,8 @@ from apphost.protocols.proxied import new_connection
 from apphost.protocols.wire import Phase
 
 IN_FLIGHT_MAX = 64  # moves that wait for an answer, for each successor: bounds descriptors and what a death undoes
+BATCH = 32  # moves in one turn of the loop: some 2 ms, for which requests wait
+SLOW_AFTER = 0.25  # s without an answer after which a successor gets nothing more until it has answered
 ANSWER_TIMEOUT = 5.0  # s for a successor's answer; its loop answers in milliseconds unless it is stuck
 
 
@@ -59,7 +64,22 @@ class _Successor:
     in_flight: dict[int, _Offer] = field(default_factory=dict)  # not answered yet
     prepared: deque[tuple[int, _Offer]] = field(default_factory=deque)  # answered; COMMIT must wait for the channel
     leaving: _Offer | None = None  # its COMMIT is in the channel's queue, the last thing there
-    resting: bool = False  # it has refused something, so it is asked again only after the next tick
+    resting: bool = False  # it has refused something, or is slow: it is asked again only after the next tick
+    holds: int | None = None  # connections, as of its last answer; None: it has not answered yet
+
+    @property
+    def free(self) -> bool:
+        return not self.resting and not self.channel.blocked and len(self.in_flight) < IN_FLIGHT_MAX
+
+    @property
+    def load(self) -> int:
+        """Connections that it has, or is about to have."""
+        return (self.holds or 0) + len(self.in_flight)
+
+    @property
+    def known(self) -> bool:
+        """Whether it can be compared with others. It gets one connection at first, and answers how many it has."""
+        return self.holds is not None or not self.in_flight
 
     @property
     def offers(self) -> list[_Offer]:
@@ -76,8 +96,10 @@ class Sender:
         self._log = log
         self._name = name
         self._on_failed = on_failed
-        self._successors: deque[_Successor] = deque()
+        self._successors: list[_Successor] = []
         self._queue: OrderedDict[Connection, None] = OrderedDict()  # in turn, each once
+        self._rest: Iterator[Connection] = iter(())  # those that come after them, and were not looked at yet
+        self._pumps = False  # it goes on in the next turn of the loop
         self._refused: set[Connection] = set()  # by all; until the next tick
         self._next_id = 1
         self.moved = 0
@@ -87,6 +109,8 @@ class Sender:
         successor = _Successor(Channel(sock))
         self._successors.append(successor)
         self._loop.add_reader(successor.channel.fileno(), self._readable, successor)
+        self._queue.update(dict.fromkeys(self._refused))
+        self._refused.clear()
         self._pump()
 
     @property
@@ -96,10 +120,14 @@ class Sender:
 
     def offer(self, connection: Connection) -> None:
         """Move `connection` as soon as there is room, if it can be moved then."""
-        if connection.phase is Phase.CLOSED or connection.fixed:
-            return
-        connection.tell_when_flushed()
-        self._queue[connection] = None
+        if _can_ever_move(connection):
+            connection.tell_when_flushed()
+            self._queue[connection] = None
+            self._pump()
+
+    def offer_all(self, connections: Iterable[Connection]) -> None:
+        """The same for all there are, each of which is looked at when its turn has come."""
+        self._rest = iter(list(connections))
         self._pump()
 
     def tick(self, now: float) -> None:
@@ -108,7 +136,7 @@ class Sender:
             if any(now - offer.since > ANSWER_TIMEOUT for offer in successor.offers[:1]):
                 self._lose(successor, f"did not answer for {ANSWER_TIMEOUT:.0f} s")
         for successor in self._successors:
-            successor.resting = False
+            successor.resting = any(now - offer.since > SLOW_AFTER for offer in successor.offers[:1])
         self._queue.update(dict.fromkeys(self._refused))
         self._refused.clear()
         self._pump()
@@ -123,19 +151,40 @@ class Sender:
     # -- moves
 
     def _pump(self) -> None:
-        while self._queue and (successor := self._free_successor()) is not None:
-            connection, _ = self._queue.popitem(last=False)
+        """Move what can be moved now, a batch in each turn of the loop."""
+        if self._pumps:
+            return
+        for _ in range(BATCH):
+            successor = self._free_successor()
+            connection = self._next() if successor is not None else None
+            if successor is None or connection is None:
+                return
             if connection.movable and not self._move(connection, connection.pack(), successor):
                 return
+        self._pumps = True
+        self._loop.call_soon(self._pump_on)
+
+    def _pump_on(self) -> None:
+        self._pumps = False
+        self._pump()
+
+    def _next(self) -> Connection | None:
+        if self._queue:
+            return self._queue.popitem(last=False)[0]
+        connection = next(self._rest, None)
+        if connection is not None and _can_ever_move(connection):
+            connection.tell_when_flushed()
+        return connection
 
     def _free_successor(self) -> _Successor | None:
-        """The successors in turn, so that each gets its share."""
-        for _ in range(len(self._successors)):
-            successor = self._successors[0]
-            self._successors.rotate(-1)
-            if len(successor.in_flight) < IN_FLIGHT_MAX and not successor.channel.blocked and not successor.resting:
-                return successor
-        return None
+        """The one with the fewest connections, None while that has enough to answer, or one has yet to tell."""
+        if len(self._successors) == 1:
+            return self._successors[0] if self._successors[0].free else None
+        able = [each for each in self._successors if not each.resting and not each.channel.blocked]
+        if not all(each.known for each in able):
+            return None
+        successor = min(able, key=_load, default=None)
+        return successor if successor is not None and successor.free else None
 
     def _move(self, connection: Connection, capsule: Capsule, successor: _Successor) -> bool:
         number = self._next_id
@@ -197,12 +246,14 @@ class Sender:
         offer = successor.in_flight.pop(number, None)
         if offer is None:
             return
+        told = message.get("connections")
+        successor.holds = told if type(told) is int else (successor.holds or 0) + 1
         if message["t"] == "prepared":
             successor.prepared.append((number, offer))
             self._commit(successor)
             return
         successor.resting = True
-        other = self._free_successor()
+        other = min((each for each in self._successors if each.free), key=_load, default=None)
         if other is not None and offer.holds:
             # At once, because a client with its next request at hand may never be idle when the tick comes.
             self._move(offer.connection, offer.capsule, other)
@@ -247,6 +298,14 @@ class Sender:
             connection.stay()
             self._queue[connection] = None
         self._pump()
+
+
+def _load(successor: _Successor) -> int:
+    return successor.load
+
+
+def _can_ever_move(connection: Connection) -> bool:
+    return connection.phase is not Phase.CLOSED and not connection.fixed
 
 
 class Receiver:
@@ -321,7 +380,8 @@ class Receiver:
         else:
             assert isinstance(number, int)
             self._prepared[number] = (fds[0], capsule)
-        self._send({"t": "refused" if why else "prepared", "id": number})
+        held = len(self._context.connections) + len(self._prepared) + len(self.opening)
+        self._send({"t": "refused" if why else "prepared", "id": number, "connections": held})
 
     def _send(self, message: Message) -> None:
         self._channel.send(message)
