@@ -26,6 +26,8 @@ COUNTERS: Mapping[str, int] = {
 }  # fmt: skip
 GAUGES: Mapping[str, int] = {"phases": len(PHASES)}
 
+_KNOWN = {**COUNTERS, **GAUGES}
+
 NUMBER_MAX = 2**53  # what every reader of JSON takes for a whole number
 
 
@@ -37,8 +39,7 @@ def fits(value: Any) -> bool:
     """Whether this is what a worker may say. Names that are unknown here are of another version, and are let pass."""
     if not isinstance(value, dict):
         return False
-    known = {**COUNTERS, **GAUGES}
-    return all(_numbers(each, known[name]) for name, each in value.items() if name in known)
+    return all(_numbers(each, _KNOWN[name]) for name, each in value.items() if name in _KNOWN)
 
 
 def _numbers(value: Any, length: int) -> bool:

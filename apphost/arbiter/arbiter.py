@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from apphost.arbiter import canary, reports
+from apphost.arbiter import canary, reports, successors
 from apphost.arbiter import vocabulary as v
 from apphost.arbiter.fleet import Fleet, next_deadline, step
 from apphost.arbiter.forkservers import REST_READS, ForkServers
@@ -33,12 +33,13 @@ from apphost.arbiter.upgrade import Upgrade
 from apphost.errors import ExitCode
 from apphost.lifecycle import State
 from apphost.logs import Log
-from apphost.messages import DUMP_SIGNAL, MAX_FDS, Channel, Message
+from apphost.messages import DUMP_SIGNAL, Channel, Message
 from apphost.settings import Settings
 from apphost.sockets import Listener
 from apphost.sources import Loaded, Source
 
 LOST_GRACE = 1.0  # s between the end of a worker's channel and the report of its exit, when all is well
+NEVER = float("inf")
 END_GRACE = 1.0  # s that fork servers get to end after the last worker
 
 _SIGNALS: dict[signal.Signals, v.Event] = {
@@ -74,6 +75,8 @@ class Arbiter:
         self.services: list[Service] = []
         self._events: deque[v.Event] = deque()
         self._asked_at: dict[int, float] = {}  # generation to the moment its first worker was asked for
+        self._stirred = True  # something has happened, other than beats, since `_settle`
+        self._due = 0.0  # monotonic; nothing needs to be settled before, unless something happens
         self._exit: ExitCode | None = None
         self._failures: dict[int, Failure] = {}  # generation to why its first worker failed
         self._canary: tuple[int, dict[int, canary.Answers]] | None = None  # its wid; the old workers' counts before it
@@ -93,20 +96,30 @@ class Arbiter:
             for do in todo:
                 do()
             self._reap()
-            self._notice_lost_workers()
-            self._feed(v.Tick())
-            self.fork_servers.retire(self.fleet.generations)
+            self._settle()
             self._expire()
         self._end()
         return self._exit
 
-    def _timeout(self) -> float | None:
+    def _settle(self) -> None:
+        """Do what is due, and what follows from all that has happened in this turn.
+
+        Not after mere beats, which move deadlines away: 64 workers send 128 a second, and this looks at all of them.
+        """
+        if not self._stirred and time.monotonic() < self._due:
+            return
+        self._notice_lost_workers()
+        self._feed(v.Tick())
+        self.fork_servers.retire(self.fleet.generations)
         deadlines = [w.lost_at + LOST_GRACE for w in self.workers.values() if w.lost_at is not None]
-        due = next_deadline(self.fleet)
-        if due is not None:
-            deadlines.append(due)
-        deadlines += [service.deadline for service in self.services if service.deadline is not None]
-        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+        self._due = min((*deadlines, next_deadline(self.fleet) or NEVER))
+        self._stirred = False
+
+    def _timeout(self) -> float | None:
+        if self._stirred:
+            return 0.0
+        due = min((self._due, *(each.deadline for each in self.services if each.deadline is not None)))
+        return max(0.0, due - time.monotonic()) if due < NEVER else None
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -129,6 +142,7 @@ class Arbiter:
 
     def _feed(self, event: v.Event) -> None:
         """Tell the fleet, and do what it says. What happens while it is done comes after it."""
+        self._stirred = self._stirred or type(event) is not v.WorkerBeat
         self._events.append(event)
         if len(self._events) > 1:
             return
@@ -212,9 +226,7 @@ class Arbiter:
     def _hear_worker(self, worker: WorkerProcess, message: Message) -> None:
         kind = message["t"]
         if kind == "beat":
-            worker.take_beat(message, time.monotonic())
-            self._feed(v.WorkerBeat(worker.wid))
-            self._judge_canary()
+            self._hear_beat(worker, message)
         elif kind == "ready":
             self._worker_ready(worker, message)
         elif kind == "failed":
@@ -232,6 +244,15 @@ class Arbiter:
         elif kind == "answer":
             self.tell(What.ANSWER, worker=worker, message=message)
 
+    def _hear_beat(self, worker: WorkerProcess, message: Message) -> None:
+        worker.take_beat(message, time.monotonic())
+        self._feed(v.WorkerBeat(worker.wid, worker.connections))
+        member = self.fleet.workers.get(worker.wid)
+        if member is not None and member.deadline is not None:
+            self._due = min(self._due, member.deadline)  # nearer than before only if `timeout` has become shorter
+        if self._canary is not None and self._canary[0] == worker.wid:
+            self._judge_canary()
+
     def _worker_ready(self, worker: WorkerProcess, message: Message) -> None:
         known = self.fleet.workers.get(worker.wid)
         if known is None or known.state is not State.BOOTING:
@@ -243,7 +264,7 @@ class Arbiter:
         settings = self.fork_servers.settings(worker.generation) or self.settings
         self._feed(v.WorkerReady(worker.wid, fleet_config(settings)))
         self._adopt_settings(settings, worker.generation)
-        self._introduce(worker)
+        successors.introduce(self, worker)
 
     def _adopt_settings(self, new: Settings, generation: int) -> None:
         """A generation works, so its settings are the ones that count from now on; those of an error page never are."""
@@ -268,6 +289,7 @@ class Arbiter:
     def _worker_lost(self, worker: WorkerProcess) -> None:
         if worker.wid in self.workers:
             worker.lost_at = time.monotonic()
+            self._stirred = True
 
     def _worker_ended(self, worker: WorkerProcess, status: int | None) -> None:
         if self.workers.pop(worker.wid, None) is None:
@@ -337,38 +359,7 @@ class Arbiter:
             self.tell(What.DRAINING, worker=worker, text=str(action.reason))
         worker.expected = True
         order = {"t": "drain", "seconds": action.seconds, "reason": str(action.reason)}
-        channels: list[socket.socket] = []
-        try:
-            successors = [self.workers[wid] for wid in action.successors[:MAX_FDS] if wid in self.workers]
-            channels.extend(self._channel_to(successor, worker.wid) for successor in successors)
-            self.hub.send(worker.channel, order, [sock.fileno() for sock in channels])
-        except OSError as exc:
-            self.log.warning(f"connections of {worker.name} cannot move: {exc.strerror}", **who(worker))
-            self.hub.send(worker.channel, order)
-        finally:
-            for sock in channels:
-                sock.close()
-
-    def _channel_to(self, successor: WorkerProcess, wid: int) -> socket.socket:
-        """One end of a channel on which worker `wid` can hand connections to `successor`, which gets the other."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self.hub.send(successor.channel, {"t": "adopt", "from": wid}, [theirs.fileno()])
-        return ours
-
-    def _introduce(self, worker: WorkerProcess) -> None:
-        """Tell the workers that drain of one more successor: those that they know may drain before they are done."""
-        if self.fleet.stopping or worker.generation > self.fleet.good:
-            return
-        for wid, known in self.fleet.workers.items():
-            draining = self.workers.get(wid)
-            if draining is None or known.state is not State.DRAINING or known.killed or draining.failure is not None:
-                continue
-            try:
-                with self._channel_to(worker, wid) as sock:
-                    self.hub.send(draining.channel, {"t": "successor"}, [sock.fileno()])
-            except OSError as exc:
-                self.log.warning(f"{draining.name} has one successor less: {exc.strerror}", **who(draining))
+        successors.order_drain(self, worker, order, action.successors)
 
     def _stop_listening(self, _action: v.StopListening) -> None:
         """From now on the workers decide how long connections are accepted, each closing its own copy in the end."""

@@ -72,6 +72,7 @@ class WorkerProcess:
     failure: Failure | None = None
     lost_at: float | None = None  # when its channel ended
     expected: bool = False  # it was told to go, or said that it goes
+    successors: list[int] = field(default_factory=list)  # the workers that it can hand its connections to
     killed: bool = False
     dumped: bool = False  # its stacks were asked for while it served on: not all in its dump file are last words
 
