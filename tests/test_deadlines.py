@@ -54,6 +54,7 @@ def test_never() -> None:
     deadlines.watch(moved)
     moved.deadline = NEVER
     assert deadlines.due(1e9) == []
+    assert not deadlines.late(1e12)
     assert idle.slot == moved.slot == 0
 
 
@@ -69,12 +70,58 @@ def test_forgetting() -> None:
 
 
 @pytest.mark.parametrize("deadline", [0.0, 0.1, RESOLUTION, 1.0, 1e6])
-def test_due_is_never_early_and_late_by_the_resolution_at_most(deadline: float) -> None:
+def test_late_is_when_due_finds_it(deadline: float) -> None:
     deadlines: Deadlines[Item] = Deadlines()
+    assert not deadlines.late(1e12)
     item = Item(deadline)
     deadlines.watch(item)
-    assert deadlines.due(deadline - 0.001) == []
+    assert not deadlines.late(deadline)
+    assert deadlines.late(deadline + RESOLUTION)
     assert deadlines.due(deadline + RESOLUTION) == [item]
+    assert not deadlines.late(1e12)
+
+
+class Counted(Item):
+    """One that counts how often its deadline is asked for."""
+
+    looks = 0
+
+    def __getattribute__(self, name: str) -> object:
+        if name == "deadline":
+            Counted.looks += 1
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("count", [10, 10_000])
+def test_a_tick_looks_at_nothing_that_is_not_due(count: int) -> None:
+    """S10: what idle connections cost does not depend on how many there are."""
+    deadlines: Deadlines[Item] = Deadlines()
+    items = [Counted(75.0) for _ in range(count)]
+    for item in items:
+        deadlines.watch(item)
+    Counted.looks = 0
+    for tick in range(149):
+        assert deadlines.due(tick / 2) == []
+    assert Counted.looks == 0
+
+
+def test_thousands_that_are_due_together_come_in_parts() -> None:
+    deadlines: Deadlines[Item] = Deadlines()
+    items = [Counted(1.0) for _ in range(1000)]
+    stay = [Counted(1.0) for _ in range(500)]
+    for item in (*items, *stay):
+        deadlines.watch(item)
+    for item in stay:
+        item.deadline = 9.0
+    found: list[Item] = []
+    for rounds in range(1, 16):
+        Counted.looks = 0
+        found += deadlines.due(2.0, 100)
+        assert Counted.looks <= 400
+        assert deadlines.late(2.0) == (rounds < 15)
+    assert sorted(map(id, found)) == sorted(map(id, items))
+    assert deadlines.due(8.0) == []
+    assert sorted(map(id, deadlines.due(9.25))) == sorted(map(id, stay))
 
 
 TIMES = st.floats(0, 30)

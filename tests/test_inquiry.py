@@ -13,15 +13,17 @@ from typing import Any
 import pytest
 
 from apphost.messages import MAX_MESSAGE, Channel
+from apphost.protocols.exchange import Exchange, Progress
 from apphost.protocols.wire import Phase
 from apphost.worker import inquiry
 from apphost.worker.inquiry import (
     CONNECTIONS_MAX,
+    LOOK_MAX,
     METHOD_MAX,
     PATH_MAX,
     Inquiry,
+    Oldest,
     describe,
-    oldest,
     task_stacks,
     thread_stacks,
 )
@@ -69,13 +71,41 @@ def answers(connections: list[Any], *messages: dict[str, Any]) -> list[dict[str,
         arbiter.close()
 
 
+def handler(path: bytes, started_at: float = 0.0, complete: bool = False) -> Any:
+    """One whose stream is a real exchange, in progress or not."""
+    stream = Exchange.__new__(Exchange)
+    stream.head = exchange(path).head
+    stream.started_at = started_at
+    stream.progress = Progress.DONE if complete else Progress.NONE
+    return SimpleNamespace(stream=stream)
+
+
 def test_the_oldest_request_is_known_without_its_query(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inquiry.time, "perf_counter", lambda: 50.0)
-    fresh, old = exchange(b"/new"), exchange(b"/old", 40.0)
-    assert oldest([connection(), connection(fresh), connection(old)]) == [10.0, "GET /old"]
-    assert fresh.started_at == 50.0, "noted at the first look, for the next ones"
-    assert oldest([connection()]) is None
-    assert oldest([]) is None
+    fresh, old = handler(b"/new"), handler(b"/old", 40.0)
+    done = handler(b"/done", 10.0, complete=True)
+    look = Oldest().look
+    assert look({id(each): each for each in (done, fresh, old)}.values()) == [10.0, "GET /old"]
+    assert fresh.stream.started_at == 50.0, "noted at the first look, for the next ones"
+    assert look([fresh]) == [0.0, "GET /new"]
+    assert look([done, SimpleNamespace()]) is None, "a handler of others need not have a stream"
+    assert look([]) is None
+
+
+def test_of_very_many_requests_each_look_takes_up_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """S10: no tick looks at thousands; after some ticks the oldest is known, and stays so while it goes on."""
+    monkeypatch.setattr(inquiry.time, "perf_counter", lambda: 50.0)
+    handlers = [handler(b"/old", 1.0), *(handler(b"/new") for _ in range(5 * LOOK_MAX))]
+    oldest = Oldest()
+    noted = 0
+    for ticks in range(1, 7):
+        found = oldest.look(handlers)
+        before, noted = noted, sum(each.stream.started_at > 1.0 for each in handlers)
+        assert noted - before <= LOOK_MAX
+        assert found == ([49.0, "GET /old"] if ticks == 6 else None)
+    assert oldest.look(handlers) == [49.0, "GET /old"]
+    handlers[0].stream.become_websocket()
+    assert oldest.look(handlers) is None
 
 
 def test_long_paths_are_cut() -> None:

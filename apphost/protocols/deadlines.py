@@ -7,6 +7,7 @@ put into a later bucket then. So a request costs nothing here, and a tick costs 
 
 from __future__ import annotations
 
+import heapq
 from typing import Generic, Protocol, TypeVar
 
 NEVER = float("inf")
@@ -30,6 +31,7 @@ class Deadlines(Generic[T]):
 
     def __init__(self) -> None:
         self._buckets: dict[int, set[T]] = {}
+        self._slots: list[int] = []  # of the buckets, as a heap
 
     def watch(self, item: T) -> None:
         """See to it that `item` is looked at by its deadline. Cheap when it already is."""
@@ -43,6 +45,7 @@ class Deadlines(Generic[T]):
         bucket = self._buckets.get(slot)
         if bucket is None:
             bucket = self._buckets[slot] = set()
+            heapq.heappush(self._slots, slot)
         bucket.add(item)
         item.slot = slot
 
@@ -52,14 +55,27 @@ class Deadlines(Generic[T]):
         if bucket is not None:
             bucket.discard(item)
 
-    def due(self, now: float) -> list[T]:
-        """The items whose deadline has passed; they are not watched any more."""
-        expired = []
-        for slot in [slot for slot in self._buckets if slot * RESOLUTION <= now]:
-            for item in self._buckets.pop(slot):
+    def due(self, now: float, most: int = 1 << 62) -> list[T]:
+        """The items whose deadline has passed; they are not watched any more. `most`: how many are looked at.
+
+        While `late`, there may be more.
+        """
+        expired: list[T] = []
+        looked = 0
+        while looked < most and self.late(now):
+            bucket = self._buckets[self._slots[0]]
+            while bucket and looked < most:
+                item = bucket.pop()
+                looked += 1
                 item.slot = 0
                 if item.deadline <= now:
                     expired.append(item)
                 else:
                     self.watch(item)
+            if not bucket:
+                del self._buckets[heapq.heappop(self._slots)]
         return expired
+
+    def late(self, now: float) -> bool:
+        """Whether there is a bucket that should be looked at."""
+        return bool(self._slots) and self._slots[0] * RESOLUTION <= now
