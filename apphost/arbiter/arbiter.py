@@ -40,6 +40,8 @@ from apphost.sources import Loaded, Source
 
 LOST_GRACE = 1.0  # s between the end of a worker's channel and the report of its exit, when all is well
 NEVER = float("inf")
+MANY = 16  # workers; the beats of so many come at the same moments (`worker/server.py`), some milliseconds apart
+GATHER = 0.005  # s for which the arbiter lets them come, after one, to take up all with one waking
 END_GRACE = 1.0  # s that fork servers get to end after the last worker
 
 _SIGNALS: dict[signal.Signals, v.Event] = {
@@ -96,24 +98,26 @@ class Arbiter:
             for do in todo:
                 do()
             self._reap()
-            self._settle()
+            if not self._settle() and len(self.workers) >= MANY:
+                self.hub.gather(GATHER)
             self._expire()
         self._end()
         return self._exit
 
-    def _settle(self) -> None:
-        """Do what is due, and what follows from all that has happened in this turn.
+    def _settle(self) -> bool:
+        """Do what is due, and what follows from all that has happened in this turn; whether there was anything.
 
         Not after mere beats, which move deadlines away: 64 workers send 128 a second, and this looks at all of them.
         """
         if not self._stirred and time.monotonic() < self._due:
-            return
+            return False
         self._notice_lost_workers()
         self._feed(v.Tick())
         self.fork_servers.retire(self.fleet.generations)
         deadlines = [w.lost_at + LOST_GRACE for w in self.workers.values() if w.lost_at is not None]
         self._due = min((*deadlines, next_deadline(self.fleet) or NEVER))
         self._stirred = False
+        return True
 
     def _timeout(self) -> float | None:
         if self._stirred:

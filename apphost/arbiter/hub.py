@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import selectors
 import signal
 import socket
@@ -29,6 +30,8 @@ class Hub:
         self._wakeup, self._waker = os.pipe()
         for fd in (self._wakeup, self._waker):
             os.set_blocking(fd, False)
+        self._wakeup_only = select.poll()
+        self._wakeup_only.register(self._wakeup, select.POLLIN)
         self._selector.register(self._wakeup, selectors.EVENT_READ, self._drain_wakeup)
 
     # -- signals
@@ -58,6 +61,10 @@ class Hub:
     def wait(self, timeout: float | None) -> list[Callable[[], None]]:
         """Wait for something, for at most `timeout` seconds. What is to be done about it, for the caller to call."""
         return [lambda key=key, mask=mask: key.data(mask) for key, mask in self._selector.select(timeout)]  # type: ignore[misc]
+
+    def gather(self, seconds: float) -> None:
+        """Let what comes gather for so long, so that one turn takes up all of it; a signal ends this."""
+        self._wakeup_only.poll(seconds * 1000)
 
     def listen(self, channel: Channel, handle: Callable[[Message], None], at_end: Callable[[], None]) -> None:
         """Have every message of `channel` handled, and its end; after that it is not listened to any more."""
