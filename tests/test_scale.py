@@ -7,7 +7,6 @@ import itertools
 import pytest
 
 from apphost.arbiter.fleet import Fleet, step
-from apphost.arbiter.status import AT_ONCE, Figures
 from apphost.arbiter.successors import SUCCESSORS_MAX
 from apphost.arbiter.vocabulary import (
     Action,
@@ -122,39 +121,6 @@ def test_a_beat_costs_the_same_in_a_fleet_of_any_size(monkeypatch: pytest.Monkey
     fleet.workers = Only(fleet.workers)
     assert step(fleet, WorkerBeat(7, 123), 1.0) == []
     assert fleet.workers[7].connections == 123
-
-
-def test_a_snapshot_looks_up_a_bounded_number_of_processes() -> None:
-    """Each has its turn, one that is new at once, and none that is gone is remembered."""
-    looked: list[int] = []
-
-    def look(pid: int) -> dict[str, int]:
-        looked.append(pid)
-        return {"rss": len(looked), "cpu": pid}
-
-    figures = Figures(look)
-    pids = list(range(500, 500 + WORKERS))
-    for _ in range(5):
-        looked.clear()
-        figures.begin_round(len(pids))
-        assert [figures.of(pid)["cpu"] for pid in pids] == pids
-    assert len(looked) == AT_ONCE
-    seen = set(looked)
-    for _ in range(WORKERS // AT_ONCE - 1):
-        looked.clear()
-        figures.begin_round(len(pids))
-        for pid in pids:
-            figures.of(pid)
-        seen |= set(looked)
-    assert seen == set(pids)
-    looked.clear()
-    figures.begin_round(2)
-    assert figures.of(9)["cpu"] == 9
-    assert figures.of(500)["cpu"] == 500
-    figures.begin_round(1)
-    looked.clear()
-    figures.of(501)
-    assert looked == [501]
 
 
 @pytest.mark.parametrize("wid", range(1, 9))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from apphost.arbiter.history import History
 from apphost.arbiter.processes import WorkerProcess, kill, spawn_python
 from apphost.arbiter.services import Happening, What
-from apphost.arbiter.status import Figures, Status, status
+from apphost.arbiter.status import Status, status
 from apphost.logs import Log
 from apphost.measures import add, zero
 from apphost.messages import Channel
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 BACKLOG = 64  # a scraper, probes and some people
 INTERVAL = 0.5  # s between two snapshots: what a worker tells is no newer, it beats twice a second
-# A snapshot costs some 20 us for each worker, and no more than 16 look-ups in /proc; with many workers it comes less
-# often, down to one in 2 s at 256, which is still below what `/healthz` takes for stale.
-WORKERS_AT_ONCE = 64
+# A snapshot costs some 100 us for each worker: two files of /proc, and adding up what it has counted. With many it
+# comes less often, down to one in 2 s from 64 workers on, which is still below what `/healthz` takes for stale.
+WORKERS_AT_ONCE = 16
 INTERVAL_MAX = 2.0
 BLOCKED_MAX = 10.0  # s without reading after which the process is stuck
 BACKOFF_FIRST, BACKOFF_MAX = 0.5, 30.0  # s before it is started again; doubles with each end in a row
@@ -90,7 +90,6 @@ class Admin:
         self.listeners = listeners
         self._arbiter = arbiter
         self._history = history
-        self._figures = Figures()
         self._cpu: dict[int, float] = {}  # s that each worker had used when it was last looked at
         self._channel: Channel | None = None
         self._pid = 0
@@ -184,8 +183,7 @@ class Admin:
     def snapshot(self, now: float) -> Status:
         """JSON-safe; docs/metrics.md names the parts that are shown."""
         arbiter, history = self._arbiter, self._history
-        self._figures.begin_round(len(arbiter.workers))
-        full = status(arbiter, history, now, self._figures.of)
+        full = status(arbiter, history, now)
         workers = []
         total = zero()
         add(total, history.measures)

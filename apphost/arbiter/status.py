@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import apphost
@@ -22,18 +21,14 @@ if TYPE_CHECKING:
 
 SILENT_AFTER = 2.0  # s without a beat, which comes twice a second, before a worker is said to be silent
 
-AT_ONCE = 16  # processes that `Figures` looks up at a time, some 30 us each
-
 Status = dict[str, Any]
-Look = Callable[[int], dict[str, Any]]
 
 
-def status(arbiter: Arbiter, history: History, now: float, look: Look | None = None) -> Status:
-    """`now`: monotonic. Times are seconds, sizes bytes; `at` is Unix time. `look`: for workers, not `figures`."""
-    look = look or figures
+def status(arbiter: Arbiter, history: History, now: float) -> Status:
+    """`now`: monotonic. Times are seconds, sizes bytes; `at` is Unix time."""
     fleet = arbiter.fleet
     settings = arbiter.settings
-    workers = [worker_status(worker, fleet.workers.get(wid), now, look) for wid, worker in arbiter.workers.items()]
+    workers = [worker_status(worker, fleet.workers.get(wid), now) for wid, worker in arbiter.workers.items()]
     state, what = _state(arbiter, workers)
     given_up = history.given_up
     ok = state == "serving" and not given_up and not _silent(workers)
@@ -102,7 +97,7 @@ def _silent(workers: list[Status]) -> list[int]:
     return [worker["worker"] for worker in workers if "silent" in worker and worker["state"] == State.READY.value]
 
 
-def worker_status(worker: WorkerProcess, member: Member | None, now: float, look: Look) -> Status:
+def worker_status(worker: WorkerProcess, member: Member | None, now: float) -> Status:
     """`member`: what the fleet knows of it."""
     result: Status = {
         "worker": worker.wid,
@@ -118,7 +113,7 @@ def worker_status(worker: WorkerProcess, member: Member | None, now: float, look
         "oldest": _oldest(worker, now),
         "code": worker.code,
         **worker.names,
-        **look(worker.pid),
+        **figures(worker.pid),
     }
     if member is not None:
         result["reason"] = str(member.reason) if member.reason is not None else None
@@ -156,30 +151,3 @@ def figures(pid: int) -> dict[str, Any]:
         return {"rss": rss, "cpu": (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")}
     except (OSError, ValueError, IndexError):
         return {"rss": None, "cpu": None}
-
-
-class Figures:
-    """`figures` for whoever asks again and again: of many processes, some are looked up and the others remembered.
-
-    Of 64, each is looked up in every fourth round.
-    """
-
-    def __init__(self, look: Look = figures) -> None:
-        self._look = look
-        self._known: dict[int, dict[str, Any]] = {}
-        self._before: dict[int, dict[str, Any]] = {}
-        self._round = 0
-        self._parts = 1
-
-    def begin_round(self, count: int) -> None:
-        """Before all of `count` processes are asked for, each once."""
-        self._round += 1
-        self._parts = max(1, -(-count // AT_ONCE))
-        self._before, self._known = self._known, {}
-
-    def of(self, pid: int) -> dict[str, Any]:
-        known = self._before.get(pid)
-        if known is None or (pid + self._round) % self._parts == 0:
-            known = self._look(pid)
-        self._known[pid] = known
-        return known
