@@ -380,7 +380,7 @@ class Receiver:
         else:
             assert isinstance(number, int)
             self._prepared[number] = (fds[0], capsule)
-        held = len(self._context.connections) + len(self._prepared) + len(self.opening)
+        held = len(self._context.connections) + self.coming
         self._send({"t": "refused" if why else "prepared", "id": number, "connections": held})
 
     def _send(self, message: Message) -> None:
