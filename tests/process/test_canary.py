@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.load import INTERFACES, Load, ask, check, serving, site
+from tests.operating import status
 from tests.support import RawClient, Response, Server, alive, connect, request_bytes, wait_for, write_app
 
 each_interface = pytest.mark.parametrize("interface", INTERFACES)
@@ -182,12 +183,32 @@ def test_a_stop_during_the_probation(tmp_path: Path) -> None:
         assert "given up" not in server.log
 
 
-def test_an_upgrade_during_the_probation(tmp_path: Path) -> None:
-    """Its end is remembered by the new program, which then rolls its own generation through a probation, too."""
+def probation_ends(server: Server) -> tuple[float, float]:
+    """The monotonic time at which the probation ends: not before the first, not after the second."""
+    earliest = time.monotonic()
+    left = status(server)["canary_left"]
+    assert left is not None
+    return earliest + left - 0.1, time.monotonic() + left + 0.1
+
+
+def test_an_upgrade_during_the_probation_remembers_its_end(tmp_path: Path) -> None:
+    with canary("asgi", folder=tmp_path, seconds=600) as server:
+        on_probation(server, site("asgi", "two"))
+        before = probation_ends(server)
+        server.signal(signal.SIGUSR2)
+        server.wait_line("upgraded: .* goes on with 2 workers")
+        after = probation_ends(server)
+        assert after[0] <= before[1]
+        assert before[0] <= after[1]
+        assert "gen 1 draining" not in server.log
+
+
+def test_an_upgrade_around_the_end_of_a_probation(tmp_path: Path) -> None:
+    """Whichever comes first: the new program rolls its own generation, through a probation, too."""
     with canary("asgi", folder=tmp_path) as server, Load(server.port, clients=2, pause=0.02) as load:
         on_probation(server, site("asgi", "two"))
         server.signal(signal.SIGUSR2)
-        server.wait_line("upgraded: .* goes on with 2 workers")
+        server.wait_line("upgraded: .* goes on with [12] workers")
         server.wait_line("generation 3 is on probation")
         server.wait_line("generation 3 is serving")
         assert ask(server.port).version == "two"
