@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from tests.rawhttp import Address, RawClient, Response
+from tests.rawhttp import DEADLINE, Address, RawClient, Response
 from tests.support import Server, wait_for, write_app
 
 INTERFACES = ("asgi", "wsgi")
@@ -175,7 +175,7 @@ class Load:
         address: Address,
         clients: int = 4,
         pause: float = 0.005,
-        timeout: float = 10.0,
+        timeout: float = DEADLINE,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self.address = address
@@ -199,7 +199,7 @@ class Load:
         for thread in self._threads:
             thread.join()
 
-    def wait(self, answers: int, timeout: float = 20.0) -> None:
+    def wait(self, answers: int, timeout: float = DEADLINE) -> None:
         """Until that many more requests were answered (or lost: whoever looks at the report will see)."""
         goal = answers + self._done()
         wait_for(lambda: self._done() >= goal, timeout, f"{answers} more answers")

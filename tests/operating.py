@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from apphost.endpoint import find_abstract
-from tests.support import Server
+from tests.support import DEADLINE, Server
 
 Line = dict[str, Any]
-TIMEOUT = 20.0  # s
 
 
 def command(
@@ -23,7 +22,7 @@ def command(
     """`apphost ARGS`, to its end."""
     return subprocess.run(
         [*prefix, sys.executable, "-m", "apphost", *args],
-        capture_output=True, text=True, env=Server._environment(env or {}), timeout=60, check=False,
+        capture_output=True, text=True, env=Server._environment(env or {}), timeout=DEADLINE, check=False,
     )  # fmt: skip
 
 
@@ -50,7 +49,7 @@ class Control:
 
     def __init__(self, where: Server | str | bytes) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(TIMEOUT)
+        self.sock.settimeout(DEADLINE)
         self.sock.connect(address(where) if isinstance(where, Server) else where)
         self.file = self.sock.makefile("rb")
 
@@ -119,7 +118,7 @@ def as_nobody(code: str, *args: str) -> subprocess.CompletedProcess[str]:
     """Run Python code as another user; only root can. `socket` and `sys` are imported: that user may not be able to."""
     script = f"import os, socket, sys; os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n{code}"
     return subprocess.run(
-        [sys.executable, "-c", script, *args], capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", script, *args], capture_output=True, text=True, timeout=DEADLINE, check=False
     )
 
 

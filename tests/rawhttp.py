@@ -8,6 +8,10 @@ import ssl
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+# Seconds that a test waits for what must come. What comes costs nothing; only a failure takes so long. A machine that
+# is busy with other things may well need ten times what it needs alone.
+DEADLINE = 60.0
+
 Address = int | str | tuple[str, int]  # a port of 127.0.0.1, the path of a Unix socket, or (host, port)
 
 
@@ -32,7 +36,7 @@ class Response:
 
 
 def connect(
-    address: Address, timeout: float = 20.0, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1"
+    address: Address, timeout: float = DEADLINE, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1"
 ) -> socket.socket:
     """A connected socket; with `tls`, after the handshake with `host`, and an end without close_notify is an error."""
     if tls is not None:
@@ -52,7 +56,7 @@ def connect(
     return sock
 
 
-def raw(address: Address, data: bytes, *, timeout: float = 20.0, half_close: bool = False) -> bytes:
+def raw(address: Address, data: bytes, *, timeout: float = DEADLINE, half_close: bool = False) -> bytes:
     """Send `data`, then read until the server closes. `half_close` ends our direction after sending."""
     with connect(address, timeout) as sock:
         sock.sendall(data)
@@ -79,7 +83,7 @@ class RawClient:
     """
 
     def __init__(
-        self, address: Address, timeout: float = 20.0, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1"
+        self, address: Address, timeout: float = DEADLINE, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1"
     ) -> None:
         self.sock = connect(address, timeout, tls, host)
         self._buffer = b""

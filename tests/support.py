@@ -26,9 +26,10 @@ from typing import TypeVar
 import pytest
 
 import apphost
-from tests.rawhttp import Address, RawClient, Response, connect, raw, request_bytes
+from tests.rawhttp import DEADLINE, Address, RawClient, Response, connect, raw, request_bytes
 
 __all__ = [
+    "DEADLINE",
     "Address",
     "Process",
     "RawClient",
@@ -72,7 +73,7 @@ def refused(port: int) -> bool:
     return False
 
 
-def wait_for(predicate: Callable[[], T], timeout: float = 20.0, what: str = "") -> T:
+def wait_for(predicate: Callable[[], T], timeout: float = DEADLINE, what: str = "") -> T:
     """Call `predicate` every 10 ms until it returns something true, and return it; AssertionError after `timeout` s."""
     deadline = time.monotonic() + timeout
     while True:
@@ -213,7 +214,7 @@ class Server:
         cwd: Path | str | None = None,
         env: Mapping[str, str | None] | None = None,
         until: str | None = "serving",
-        timeout: float = 20.0,
+        timeout: float = DEADLINE,
         allow_errors: bool = False,
         prefix: Sequence[str] = (),
         pass_fds: Sequence[int] = (),
@@ -289,13 +290,13 @@ class Server:
             self.check_log()
             assert not left, f"the server ended and left processes {left} behind\n{self.log}"
 
-    def stop(self, timeout: float = 15.0) -> int:
+    def stop(self, timeout: float = DEADLINE) -> int:
         """TERM; the exit code, negative for a death by signal."""
         if not self._exited():
             self.signal(signal.SIGTERM)
         return self.wait_exit(timeout)
 
-    def wait_exit(self, timeout: float = 15.0) -> int:
+    def wait_exit(self, timeout: float = DEADLINE) -> int:
         """Wait until the arbiter has ended by itself; its exit code, negative for a death by signal."""
         process = self._started()
         try:
@@ -304,7 +305,8 @@ class Server:
             raise AssertionError(f"still running after {timeout} s\n{self.log}") from None
         assert process.returncode is not None
         if process.returncode >= 0:
-            self._reader.join(5.0)  # its last words may not be read yet; one that was killed leaves workers that go on
+            # Its last words may not be read yet. One that was killed leaves workers, which go on.
+            self._reader.join(DEADLINE)
         self.exit_code = process.returncode
         return self.exit_code
 
@@ -330,7 +332,7 @@ class Server:
 
     def _left_behind(self) -> list[int]:
         with contextlib.suppress(AssertionError):
-            wait_for(lambda: not self._group(), 2.0)
+            wait_for(lambda: not self._group(), DEADLINE)
         return self._group()
 
     def _clean_up(self) -> None:
@@ -339,7 +341,7 @@ class Server:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            self._reader.join(5.0)
+            self._reader.join(DEADLINE)
             # Closing it under a reader would wait for the reader.
             assert not self._reader.is_alive(), "a process outside of the server's group holds its log open"
             assert process.stdout is not None
@@ -392,7 +394,7 @@ class Server:
         """A place in the log, for `after=`: only lines written from now on."""
         return len(self.lines())
 
-    def wait_line(self, pattern: str, timeout: float = 20.0, after: int = 0) -> re.Match[str]:
+    def wait_line(self, pattern: str, timeout: float = DEADLINE, after: int = 0) -> re.Match[str]:
         """The first match of `pattern` in a line of the log from `after` on, waiting up to `timeout` s for it.
 
         AssertionError with the whole log if it does not come in time, or can no longer come.
@@ -449,7 +451,7 @@ class Server:
         """Send a signal to the arbiter alone."""
         os.kill(self.pid, number)
 
-    def reload(self, wait: bool = True, timeout: float = 20.0) -> int:
+    def reload(self, wait: bool = True, timeout: float = DEADLINE) -> int:
         """USR1. With `wait`, until the new generation serves; its number (0 without `wait`)."""
         mark = self.mark()
         self.signal(signal.SIGUSR1)

@@ -33,6 +33,7 @@ from apphost.access import (
 from apphost.logfiles import SYSLOG_MAX, open_syslog, parse_syslog
 from apphost.logs import Log
 from apphost.protocols.base import RequestHead
+from tests.rawhttp import DEADLINE
 
 ORIGIN = Origin(worker=3, generation=2, pid=4711)
 LONG_NAMES = sorted(name for name in FIELDS if len(name) > 1 and " " not in name)
@@ -310,7 +311,7 @@ def test_syslog_over_udp(tmp_path: Path) -> None:
     """RFC 5424, 6."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as daemon:
         daemon.bind(("127.0.0.1", 0))
-        daemon.settimeout(10)
+        daemon.settimeout(DEADLINE)
         where = f"udp://127.0.0.1:{daemon.getsockname()[1]}"
         with closing(open_syslog(where, quiet(tmp_path)[0])) as sink:
             sink.write(["a line"])

@@ -20,6 +20,7 @@ from apphost.logs import Log
 from apphost.protocols.base import ClientDisconnected, RequestHead, ResponseError, Stream
 from apphost.protocols.response import ResponseHead
 from apphost.protocols.strict import examine
+from tests.rawhttp import DEADLINE
 
 START = {"type": "http.response.start", "status": 200, "headers": []}
 DISCONNECT = {"type": "http.disconnect"}
@@ -274,7 +275,7 @@ def test_the_end_of_the_response_wakes_who_receives(fails: bool) -> None:
 
     async def main() -> None:
         await Call(app).end()
-        assert await asyncio.wait_for(waiting[0], 5) == DISCONNECT
+        assert await asyncio.wait_for(waiting[0], DEADLINE) == DISCONNECT
 
     asyncio.run(main())
 

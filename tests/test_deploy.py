@@ -20,7 +20,7 @@ from apphost.cli import program
 from apphost.errors import ExitCode
 from apphost.settings import SETTINGS, Settings
 from apphost.sources import resolve
-from tests.support import wait_for
+from tests.support import DEADLINE, wait_for
 
 yaml = pytest.importorskip("yaml")
 
@@ -190,7 +190,7 @@ def test_the_health_check_runs(tmp_path: Path) -> None:
             assert server.stdout is not None
             number = server.stdout.readline().strip()
             check = words[2].replace(str(port(admin)), number)
-            result = subprocess.run([sys.executable, "-c", check], capture_output=True, timeout=20, check=False)
+            result = subprocess.run([sys.executable, "-c", check], capture_output=True, timeout=DEADLINE, check=False)
             assert result.returncode == code
         finally:
             server.kill()

@@ -22,6 +22,7 @@ from apphost.protocols.wire import Phase
 from apphost.worker.handover import ANSWER_TIMEOUT, BATCH, IN_FLIGHT_MAX
 from apphost.worker.server import Server
 from tests.handover_stage import Client, Side, Stage, Theatre, messages, moving, request, turns, until
+from tests.rawhttp import DEADLINE
 
 CAPSULE = Capsule(("127.0.0.1", 4711), ("127.0.0.1", 80), "http", 0, 60.0, False, b"")
 
@@ -129,7 +130,7 @@ def test_a_half_head_that_cannot_become_a_request_is_refused_by_the_receiver(the
         stage.connect(old, new)
         await until(lambda: new.connections)
         await client.send(b"st : a\r\n\r\n")
-        received = await asyncio.wait_for(stage.loop.sock_recv(client.sock, 1000), 5)
+        received = await asyncio.wait_for(stage.loop.sock_recv(client.sock, 1000), DEADLINE)
         assert received.startswith(b"HTTP/1.1 400 ")
         assert stage.calls == []
 
@@ -257,7 +258,7 @@ def test_time_that_is_left_travels_and_never_grows(theatre: Theatre) -> None:
             assert abs(target.connections[0].read_deadline - deadline) < 0.2
             source.serve_on()
         one.context.tick(deadline + 1)
-        received = await asyncio.wait_for(stage.loop.sock_recv(client.sock, 1000), 5)
+        received = await asyncio.wait_for(stage.loop.sock_recv(client.sock, 1000), DEADLINE)
         assert received.startswith(b"HTTP/1.1 408 ")
 
     theatre(play)

@@ -21,7 +21,7 @@ from apphost.settings import Settings
 from apphost.sources import resolve
 from apphost.worker.hooks import NAMES, TIME_MIN, Hooks
 from apphost.worker.main import Assignment
-from tests.support import write_app
+from tests.support import DEADLINE, write_app
 
 EVENT = HookEvent(name="", pid=7, generation=3, settings=Settings(hook_timeout=10.0), worker=5)
 
@@ -143,7 +143,7 @@ def test_a_hook_that_hangs_is_left_behind(
     over = threading.Event()
 
     def hang(_event: HookEvent) -> None:
-        over.wait(20)
+        over.wait(DEADLINE)
 
     async def hang_later(_event: HookEvent) -> None:
         await asyncio.sleep(20)

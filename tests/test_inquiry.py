@@ -27,6 +27,7 @@ from apphost.worker.inquiry import (
     task_stacks,
     thread_stacks,
 )
+from tests.rawhttp import DEADLINE
 from tests.support import wait_for
 
 
@@ -177,11 +178,11 @@ def test_stacks_of_threads() -> None:
     ready, done = threading.Barrier(4), threading.Event()
 
     def waits_here() -> None:
-        ready.wait(10)
-        done.wait(10)
+        ready.wait(DEADLINE)
+        done.wait(DEADLINE)
 
     def is_busy() -> None:
-        ready.wait(10)
+        ready.wait(DEADLINE)
         while not done.is_set():
             time.sleep(0.001)
 
@@ -190,7 +191,7 @@ def test_stacks_of_threads() -> None:
     for thread in threads:
         thread.start()
     try:
-        ready.wait(10)
+        ready.wait(DEADLINE)
         assert wait_for(lambda: "2 threads, pool-1, pool-2:" in thread_stacks())
         lines = list(thread_stacks())
     finally:

@@ -25,6 +25,7 @@ from apphost.arbiter.history import COMPLETE, GIVEN_UP, SUPERSEDED, History
 from apphost.measures import BOUNDS, BUCKETS, COUNTERS, PHASES, add, fits, quantile, zero
 from apphost.protocols.wire import Phase
 from apphost.worker.meter import SAMPLE, Meter, TimedPool, count_phases
+from tests.rawhttp import DEADLINE
 
 # ------------------------------------------------------------------------------------------------ what is counted
 
@@ -82,7 +83,7 @@ def test_waits_for_a_thread_are_measured() -> None:
 
         def hold() -> None:
             first.set()
-            gate.wait(10)
+            gate.wait(DEADLINE)
 
         pool.submit(hold)
         await asyncio.to_thread(first.wait, 10)
@@ -90,7 +91,7 @@ def test_waits_for_a_thread_are_measured() -> None:
         pool.submit(lambda: pool.post(done.set))
         await asyncio.sleep(0.03)  # what the second one waits
         gate.set()
-        await asyncio.wait_for(done.wait(), 10)
+        await asyncio.wait_for(done.wait(), DEADLINE)
         pool.close()
         told = meter.measures([], 0, 0, 0)
         assert told["queue_us"][0] >= 25_000

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from apphost import sockets
 from apphost.errors import AddressError, PrivilegesError
 from apphost.sockets import Access, Address, describe, identify, open_listeners, parse_bind, unlink_own
+from tests.rawhttp import DEADLINE
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_plain_in_spite_of_certificates() -> None:
 
 
 def wait_accept(sock: socket.socket) -> socket.socket:
-    sock.settimeout(20)
+    sock.settimeout(DEADLINE)
     return sock.accept()[0]
 
 

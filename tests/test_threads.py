@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from apphost.interfaces.threads import ThreadPool
+from tests.rawhttp import DEADLINE
 
 
 class MadeLoop:
@@ -109,7 +110,7 @@ def test_jobs_in_order_on_one_thread() -> None:
     pool.submit(done.set)
     assert (len(loop.soon), seen) == (1, [])  # handed out together, at the end of the turn
     loop.turn()
-    assert done.wait(20)
+    assert done.wait(DEADLINE)
     assert seen == list(range(100))
     pool.close()
 
@@ -120,20 +121,20 @@ def test_busy_counts_what_is_not_finished() -> None:
 
     def wait() -> None:
         running.release()
-        gate.wait(20)
+        gate.wait(DEADLINE)
 
     for _ in range(3):
         pool.submit(wait)
     loop.turn()
-    assert running.acquire(timeout=20)
-    assert running.acquire(timeout=20)
+    assert running.acquire(timeout=DEADLINE)
+    assert running.acquire(timeout=DEADLINE)
     assert pool.busy == 3  # two run, one waits for a thread
     gate.set()
-    assert running.acquire(timeout=20)
+    assert running.acquire(timeout=DEADLINE)
     ended = threading.Event()
     pool.submit(ended.set)
     loop.turn()
-    assert ended.wait(20)
+    assert ended.wait(DEADLINE)
     end_threads(pool)
     assert pool.busy == 0
 
@@ -141,7 +142,7 @@ def test_busy_counts_what_is_not_finished() -> None:
 def end_threads(pool: ThreadPool) -> None:
     pool.close()
     for thread in pool.threads:
-        thread.join(20)
+        thread.join(DEADLINE)
         assert not thread.is_alive()
 
 
@@ -161,7 +162,7 @@ def test_jobs_of_one_turn_run_beside_each_other() -> None:
     passed = threading.Semaphore(0)
 
     def meet() -> None:
-        together.wait(20)
+        together.wait(DEADLINE)
         passed.release()
 
     for _ in range(50):
@@ -169,7 +170,7 @@ def test_jobs_of_one_turn_run_beside_each_other() -> None:
             pool.submit(meet)
         loop.turn()
         for _ in range(4):
-            assert passed.acquire(timeout=20)
+            assert passed.acquire(timeout=DEADLINE)
     end_threads(pool)
 
 
@@ -180,7 +181,7 @@ def test_no_job_is_stranded_between_a_search_and_a_sleep() -> None:
     for _ in range(5000):
         pool.submit(ran.release)
         loop.turn()
-        assert ran.acquire(timeout=20)
+        assert ran.acquire(timeout=DEADLINE)
     end_threads(pool)
 
 
@@ -206,7 +207,7 @@ def test_an_idle_thread_keeps_no_job_alive() -> None:
     loop.turn()
     loop.soon.clear()
     gc.collect()
-    assert gone.wait(20)
+    assert gone.wait(DEADLINE)
     end_threads(pool)
 
 
@@ -236,7 +237,7 @@ def test_round_trip_on_a_real_loop(loop_name: str) -> None:
             pool.submit(lambda number=number: pool.post(lambda: arrived(number)))
             if number % 97 == 0:
                 await asyncio.sleep(0)
-        await asyncio.wait_for(done, 20)
+        await asyncio.wait_for(done, DEADLINE)
         end_threads(pool)
 
     try:

@@ -16,6 +16,7 @@ from apphost.settings import Settings
 from apphost.worker.certificates import load
 from tests import pki as pki_module
 from tests.pki import Pki
+from tests.rawhttp import DEADLINE
 
 
 class Below:
@@ -349,7 +350,7 @@ def test_time_is_up(pki: Pki, loop: asyncio.AbstractEventLoop) -> None:
         while not stage.below.events:
             await asyncio.sleep(0.001)
 
-    loop.run_until_complete(asyncio.wait_for(until_closed(), 5))
+    loop.run_until_complete(asyncio.wait_for(until_closed(), DEADLINE))
     assert stage.log.lines == [("info", "the TLS handshake with 192.0.2.1:4711 has failed: it took longer than 0.01 s")]
 
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from apphost.interfaces.wsgi_io import BodyInput, ErrorLog, FileWrapper, file_to_send, plain_file
 from apphost.logs import Log
 from apphost.protocols.base import ClientDisconnected
+from tests.rawhttp import DEADLINE
 
 
 class FakeRequest:
@@ -123,10 +124,10 @@ def test_client_goes_while_the_application_waits() -> None:
 
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
-    assert posted.wait(20)
+    assert posted.wait(DEADLINE)
     request.gone = True
     body.arrived()
-    thread.join(20)
+    thread.join(DEADLINE)
     assert raised == [ClientDisconnected]
 
 

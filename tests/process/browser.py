@@ -19,7 +19,7 @@ import httpx
 import pytest
 from websockets.sync.client import ClientConnection, connect
 
-from tests.support import wait_for
+from tests.support import DEADLINE, wait_for
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 # Nothing of it may look for a network.
@@ -41,7 +41,7 @@ class Page:
         self._number += 1
         self._devtools.send(json.dumps({"id": self._number, "method": method, "params": parameters}))
         while True:
-            message = json.loads(self._devtools.recv(timeout=20))
+            message = json.loads(self._devtools.recv(timeout=DEADLINE))
             if message.get("id") == self._number:
                 assert "error" not in message, message
                 result: dict[str, Any] = message["result"]
@@ -56,7 +56,7 @@ class Page:
     def text(self, selector: str) -> str:
         return str(self.run(f"document.querySelector({selector!r}).innerText"))
 
-    def wait_for(self, javascript: str, timeout: float = 20.0) -> None:
+    def wait_for(self, javascript: str, timeout: float = DEADLINE) -> None:
         wait_for(lambda: self.run(javascript), timeout, javascript)
 
     def screenshot(self, path: Path) -> None:
@@ -69,7 +69,7 @@ class Browser:
         self._stack = contextlib.ExitStack()
 
     def open(self, url: str) -> Page:
-        target = httpx.put(f"{self._url}/json/new?{url}", timeout=20, trust_env=False).json()
+        target = httpx.put(f"{self._url}/json/new?{url}", timeout=DEADLINE, trust_env=False).json()
         devtools = connect(target["webSocketDebuggerUrl"], max_size=None, compression=None, proxy=None)
         self._stack.enter_context(devtools)
         page = Page(devtools)
@@ -93,7 +93,7 @@ def browser() -> Iterator[Browser]:
         )  # fmt: skip
         try:
             told = Path(profile, "DevToolsActivePort")
-            wait_for(lambda: told.exists() and told.read_text().count("\n"), 60.0, "the browser starts")
+            wait_for(lambda: told.exists() and told.read_text().count("\n"), what="the browser starts")
             session = Browser(int(told.read_text().split()[0]))
             try:
                 yield session
@@ -101,7 +101,7 @@ def browser() -> Iterator[Browser]:
                 session.close()
         finally:
             os.killpg(process.pid, signal.SIGTERM)
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + DEADLINE
             while process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.02)
             with contextlib.suppress(ProcessLookupError):

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.support import Address, RawClient, Response, Server, wait_for
+from tests.support import DEADLINE, Address, RawClient, Response, Server, wait_for
 
 _numbers = itertools.count()
 
@@ -106,7 +106,7 @@ def parsed(response: Response) -> Any:
     return ast.literal_eval(response.body.decode())
 
 
-def settled(look: Callable[[], Any], quiet: float = 0.3, timeout: float = 20.0) -> Any:
+def settled(look: Callable[[], Any], quiet: float = 0.3, timeout: float = DEADLINE) -> Any:
     """What `look` returns once it has returned the same for `quiet` seconds."""
     deadline = time.monotonic() + timeout
     last, since = look(), time.monotonic()
@@ -131,5 +131,5 @@ def serving_websockets(flavour: tuple[str, str], folder: Path, *options: str) ->
     pytest.importorskip(loop)
     path = str(folder / "socket")
     binds = ("--bind", "127.0.0.1:0", "--bind", f"unix:{path}")
-    with Server(WS_APP, *binds, "--http", parser, "--loop", loop, "--ws-close-timeout", "1s", *options) as server:
+    with Server(WS_APP, *binds, "--http", parser, "--loop", loop, *options) as server:
         yield Probe(server, path)

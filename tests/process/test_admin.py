@@ -86,13 +86,13 @@ def test_metrics_count_every_request_through_reloads(tmp_path: Path, interface: 
                 load.wait(40)
             assert not load.report.lost
             done += load.report.answered
-            wait_for(lambda goal=done: answered(server) >= goal, 10.0, "all are counted")  # type: ignore[misc]
+            wait_for(lambda goal=done: answered(server) >= goal, what="all are counted")  # type: ignore[misc]
             after = metrics(server)
             for (name, labels), value in before.items():
                 if re.search(r"_(total|bucket|count|sum)$", name):
                     assert after[name, labels] >= value, name
         check(idle.request("GET", "/"))
-        wait_for(lambda: answered(server) > done, 10.0, "the last one is counted")
+        wait_for(lambda: answered(server) > done, what="the last one is counted")
         samples = metrics(server)
         assert total(samples, "http_requests_total") == done + 1
         assert total(samples, "http_request_duration_seconds_count") == done + 1
@@ -120,7 +120,7 @@ def test_connections_by_state(tmp_path: Path) -> None:
             samples = metrics(server)
             return [total(samples, "apphost_connections", state=s) for s in ("idle", "head", "busy")] == [1, 1, 1]
 
-        wait_for(seen, 10.0, "one of each")
+        wait_for(seen, what="one of each")
         assert total(metrics(server), "http_requests_in_progress") == 1
         Path(tmp_path, "go").touch()
         for client in clients:
@@ -140,22 +140,22 @@ def test_ready_only_while_it_serves(tmp_path: Path) -> None:
     """Not before the first worker is ready, and not once a stop was asked for, although it still serves then."""
     wait = "\nimport os, time\nwhile not os.path.exists('boot'): time.sleep(0.01)\n"
     options: dict[str, Any] = {"extra": wait, "until": "listening"}
-    with serving(tmp_path, "asgi", *ADMIN, "--shutdown-delay", "3", **options) as server:
-        wait_for(lambda: get(server, "/healthz").status == 200, 10.0, "the arbiter has told something")
+    with serving(tmp_path, "asgi", *ADMIN, "--shutdown-delay", "600", **options) as server:
+        wait_for(lambda: get(server, "/healthz").status == 200, what="the arbiter has told something")
         early = get(server, "/readyz")
         assert (early.status, early.body) == (503, b"not ready: starting, nothing is ready yet\n")
         Path(tmp_path, "boot").touch()
-        wait_for(lambda: get(server, "/readyz").status == 200, 10.0, "it is ready")
+        wait_for(lambda: get(server, "/readyz").status == 200, what="it is ready")
         assert get(server, "/readyz", "HEAD").body == b""
         server.signal(signal.SIGTERM)
-        wait_for(lambda: get(server, "/readyz").status == 503, 2.0, "it is not ready any more")
+        wait_for(lambda: get(server, "/readyz").status == 503, what="it is not ready any more")
         ask(server.port)
         assert get(server, "/healthz").status == 200
 
 
 def test_strange_requests(tmp_path: Path) -> None:
     with serving(tmp_path, "asgi", *ADMIN) as server:
-        wait_for(lambda: get(server, "/readyz").status == 200, 10.0, "it is ready")
+        wait_for(lambda: get(server, "/readyz").status == 200, what="it is ready")
         assert get(server, "/").status == 200
         assert get(server, "/metrics", "POST").status == 405
         assert get(server, "/../etc/passwd").status == 404
@@ -174,7 +174,7 @@ def test_strange_requests(tmp_path: Path) -> None:
 def test_nobody_is_held_up(tmp_path: Path) -> None:
     """A stopped arbiter or worker does not keep the admin process from answering, nor it them."""
     with serving(tmp_path, "asgi", *ADMIN) as server:
-        wait_for(lambda: get(server, "/readyz").status == 200, 10.0, "it is ready")
+        wait_for(lambda: get(server, "/readyz").status == 200, what="it is ready")
         pid = admin_pid(server)
         os.kill(pid, signal.SIGSTOP)
         try:
@@ -182,28 +182,28 @@ def test_nobody_is_held_up(tmp_path: Path) -> None:
             assert ask(server.port).version == "two"
         finally:
             os.kill(pid, signal.SIGCONT)
-        wait_for(lambda: status(server).get("good") == 2, 10.0, "it has caught up")
+        wait_for(lambda: status(server).get("good") == 2, what="it has caught up")
         os.kill(server.pid, signal.SIGSTOP)
         try:
             assert ask(server.port).version == "two"
-            told = wait_for(lambda: (r := get(server, "/healthz")).status == 503 and r, 10.0, "it is silent")
+            told = wait_for(lambda: (r := get(server, "/healthz")).status == 503 and r, what="it is silent")
             assert b"the arbiter has told nothing for" in told.body
             assert get(server, "/metrics").status == 503
         finally:
             os.kill(server.pid, signal.SIGCONT)
-        wait_for(lambda: get(server, "/healthz").status == 200, 10.0, "it speaks again")
+        wait_for(lambda: get(server, "/healthz").status == 200, what="it speaks again")
 
 
 @linux
 def test_the_admin_process_is_started_again(tmp_path: Path) -> None:
     with serving(tmp_path, "asgi", *ADMIN) as server:
-        wait_for(lambda: get(server, "/readyz").status == 200, 10.0, "it is ready")
+        wait_for(lambda: get(server, "/readyz").status == 200, what="it is ready")
         pid = admin_pid(server)
         os.kill(pid, signal.SIGKILL)
         server.wait_line(r"warning the admin process is gone; it is started again in 0\.5 s")
-        wait_for(lambda: admin_pid(server) not in (0, pid), 10.0, "there is another")
+        wait_for(lambda: admin_pid(server) not in (0, pid), what="there is another")
         assert get(server, "/readyz").status in (200, 503), "its listener was never closed"
-        wait_for(lambda: get(server, "/readyz").status == 200, 10.0, "it is ready")
+        wait_for(lambda: get(server, "/readyz").status == 200, what="it is ready")
         ask(server.port)
 
 
@@ -220,10 +220,10 @@ def test_an_upgrade_keeps_the_listener_and_the_counts(tmp_path: Path) -> None:
             server.wait_line(r"info upgraded: ", after=mark)
             server.wait_line(r"generation 2 is serving", after=mark)
             load.wait(10)
-        wait_for(lambda: not alive(before), 10.0, "the one before has gone")
+        wait_for(lambda: not alive(before), what="the one before has gone")
         assert admin_port(server) == port
-        wait_for(lambda: get(port, "/readyz").status == 200, 10.0, "it is ready")
-        wait_for(lambda: answered(server) >= load.report.answered, 10.0, "all are counted")
+        wait_for(lambda: get(port, "/readyz").status == 200, what="it is ready")
+        wait_for(lambda: answered(server) >= load.report.answered, what="all are counted")
         assert answered(server) == load.report.answered
 
 
@@ -231,11 +231,11 @@ def test_an_upgrade_keeps_the_listener_and_the_counts(tmp_path: Path) -> None:
 def test_it_ends_with_the_arbiter(tmp_path: Path) -> None:
     """Also with one that was killed."""
     with Server("app:app", *ADMIN, cwd=write_site(tmp_path)) as server:
-        wait_for(lambda: get(server, "/readyz").status == 200, 10.0, "it is ready")
+        wait_for(lambda: get(server, "/readyz").status == 200, what="it is ready")
         pid = admin_pid(server)
         server.signal(signal.SIGKILL)
         assert server.wait_exit() == -signal.SIGKILL
-        wait_for(lambda: not alive(pid), 10.0, "it has ended")
+        wait_for(lambda: not alive(pid), what="it has ended")
 
 
 def write_site(folder: Path) -> Path:
@@ -255,7 +255,7 @@ def test_a_unix_socket(tmp_path: Path) -> None:
     path = tmp_path / "admin.sock"
     with serving(tmp_path, "asgi", "--admin", f"unix:{path}") as server:
         server.wait_line(r"admin listener at unix:")
-        wait_for(lambda: get(str(path), "/readyz").status == 200, 10.0, "it is ready")
+        wait_for(lambda: get(str(path), "/readyz").status == 200, what="it is ready")
         assert server.stop() == 0
     assert not path.exists()
 
@@ -266,7 +266,7 @@ def test_a_unix_socket(tmp_path: Path) -> None:
 def test_the_dashboard_in_a_browser(tmp_path: Path) -> None:
     """State in words, workers as they come and go, connections that moved; nothing is asked of anybody else."""
     with browser() as session, serving(tmp_path, "asgi", *ADMIN, "--workers", "2") as server:
-        wait_for(lambda: get(server, "/readyz").status == 200, 10.0, "it is ready")
+        wait_for(lambda: get(server, "/readyz").status == 200, what="it is ready")
         page = session.open(f"http://127.0.0.1:{admin_port(server)}/")
         with Load(server.port) as load:
             page.wait_for("document.getElementById('what').innerText === 'Generation 1 serves, 2 workers, all is well'")

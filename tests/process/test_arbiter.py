@@ -50,7 +50,7 @@ def fork_servers(server: Server) -> list[int]:
 def ends(client: RawClient) -> bool:
     """Whether the connection ends without an answer, by a close or a reset."""
     try:
-        return client.eof(10)
+        return client.eof()
     except ConnectionResetError:
         return True
 
@@ -91,8 +91,8 @@ def test_a_graceful_stop_finishes_requests_in_progress(tmp_path: Path, interface
         server.wait_line("/wait/go in progress")
         server.signal(number)
         server.wait_line("worker 1 gen 1 draining: stop")
-        wait_for(lambda: refused(server.port), 5, "new connections to be refused")
-        assert idle.eof(5), "a silent connection is closed, and nobody waits for it"
+        wait_for(lambda: refused(server.port), what="new connections to be refused")
+        assert idle.eof(), "a silent connection is closed, and nobody waits for it"
         (tmp_path / "go").touch()
         response = client.read_response()
         assert check(response, b"long").version == "one"
@@ -116,7 +116,7 @@ def test_a_graceful_stop_finishes_requests_in_progress(tmp_path: Path, interface
     ids=lambda numbers: "-".join(number.name for number in numbers),
 )
 def test_a_stop_at_once(tmp_path: Path, interface: str, numbers: tuple[signal.Signals, ...]) -> None:
-    with serving(tmp_path, interface) as server, RawClient(server.port) as client:
+    with serving(tmp_path, interface, "--stop-timeout", "600") as server, RawClient(server.port) as client:
         client.send(request_bytes("GET", "/wait/never"))
         server.wait_line("/wait/never in progress")
         mark = server.mark()
@@ -124,7 +124,7 @@ def test_a_stop_at_once(tmp_path: Path, interface: str, numbers: tuple[signal.Si
             server.signal(number)
             server.wait_line(f"{number.name} received", after=mark)
             mark = server.mark() if number is numbers[0] else mark
-        assert server.wait_exit(3) == 0  # stop_timeout is 8 s
+        assert server.wait_exit() == 0, "long before stop_timeout"
         assert ends(client)
 
 
@@ -133,10 +133,8 @@ def test_the_whole_stop_keeps_to_stop_timeout(tmp_path: Path, interface: str) ->
     with serving(tmp_path, interface, "--stop-timeout", "1.5") as server, RawClient(server.port) as client:
         client.send(request_bytes("GET", "/wait/never"))
         server.wait_line("/wait/never in progress")
-        started = time.monotonic()
         server.signal(signal.SIGTERM)
         assert server.wait_exit() == 0
-        assert time.monotonic() - started < 4
         assert ends(client)
     assert re.search("cut 1 requests? short at the end of its drain: GET /wait/never", server.log)
 
@@ -184,7 +182,7 @@ def test_a_stop_of_the_whole_group_is_graceful(tmp_path: Path, interface: str, n
         server.wait_line("/wait/go in progress")
         os.killpg(server.pid, number)
         server.wait_line(f"{number.name} received")
-        wait_for(lambda: refused(server.port), 5, "new connections to be refused")
+        wait_for(lambda: refused(server.port), what="new connections to be refused")
         (tmp_path / "go").touch()
         assert check(client.read_response(), b"long").version == "one"
         assert server.wait_exit() == 0
@@ -258,7 +256,7 @@ def test_a_crash_loop_backs_off_and_heals(tmp_path: Path, when: str) -> None:
         # 0.1 + 0.2 + 0.4 + 0.8 + 1.6 s
         assert time.monotonic() - started > 2.9
         assert len([line for line in server.lines(mark) if " booting" in line]) <= 6
-        assert cpu_seconds(server.pid) - busy < 0.5
+        assert cpu_seconds(server.pid) - busy < 1, "it sleeps in between"
         crash.unlink()
         server.reload()  # it does not wait for the pause to end
         assert ask(server.port).version == "one"
@@ -330,7 +328,7 @@ def test_without_the_arbiter_workers_finish_and_go(tmp_path: Path, interface: st
             server.wait_line("/wait/go in progress")
             server.signal(signal.SIGKILL)
             assert server.wait_exit() == -signal.SIGKILL
-            wait_for(lambda: refused(port), 5, "the port to be free")
+            wait_for(lambda: refused(port), what="the port to be free")
             assert announces_close(idle.request("GET", "/"))
             # Another one can start now, beside the request in progress, on the same port and the stale pidfile.
             assert pidfile.read_text() == f"{server.pid}\n"
@@ -342,7 +340,7 @@ def test_without_the_arbiter_workers_finish_and_go(tmp_path: Path, interface: st
                 assert check(client.read_response(), b"long").version == "one"
                 assert client.eof()
                 assert successor.stop() == 0
-        wait_for(lambda: not any(alive(pid) for pid in children), 5, "every process of the first one to go")
+        wait_for(lambda: not any(alive(pid) for pid in children), what="every process of the first one to go")
         assert not pidfile.exists()
 
 
@@ -355,13 +353,13 @@ def test_without_the_arbiter_silent_connections_are_closed_politely(tmp_path: Pa
             half.send(b"GET / HT")
             server.signal(signal.SIGKILL)
             started = time.monotonic()
-            assert used.eof(5)
-            assert unused.eof(5)
+            assert used.eof()
+            assert unused.eof()
             assert time.monotonic() - started > 0.5
-            if not half.eof(5):
+            if not half.eof():
                 assert half.read_response().status == 408
         assert server.wait_exit() == -signal.SIGKILL
-        wait_for(lambda: not any(alive(pid) for pid in children), 5)
+        wait_for(lambda: not any(alive(pid) for pid in children))
         assert "cut" not in server.log
 
 
@@ -384,7 +382,7 @@ def test_without_the_arbiter_a_stuck_worker_is_killed(tmp_path: Path) -> None:
             server.wait_line("^stuck")
             server.signal(signal.SIGKILL)
             assert server.wait_exit() == -signal.SIGKILL
-            wait_for(lambda: not any(alive(pid) for pid in children), 10, "every process to go")
+            wait_for(lambda: not any(alive(pid) for pid in children), what="every process to go")
         assert refused(server.port)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.process.probing import ANSWER, Probe, body, parsed, script, start
-from tests.support import raw, request_bytes, wait_for
+from tests.support import DEADLINE, raw, request_bytes, wait_for
 
 DISCONNECT = {"type": "http.disconnect"}
 MIB = 2**20
@@ -138,7 +138,7 @@ def test_r7_an_application_that_does_not_read_stops_the_client(probe: Probe) -> 
             while sent < total:
                 sent += client.sock.send(bytes(min(MIB, total - sent)))
         assert sent < 24 * MIB
-        client.sock.settimeout(20)
+        client.sock.settimeout(DEADLINE)
         probe.set(flag)
         client.send(bytes(total - sent))
         assert client.read_response().body == b"answer"
@@ -198,7 +198,7 @@ def test_r9_continue_is_sent_when_the_body_is_asked_for(probe: Probe) -> None:
         client.sock.settimeout(0.05)
         with pytest.raises(TimeoutError):
             client.sock.recv(1)
-        client.sock.settimeout(20)
+        client.sock.settimeout(DEADLINE)
         probe.set(flag)
         assert client.sock.recv(25) == b"HTTP/1.1 100 Continue\r\n\r\n"
         client.send(b"data")

@@ -89,7 +89,7 @@ def test_good_code_passes(tmp_path: Path, interface: str, workers: int) -> None:
 @each_interface
 def test_code_that_answers_with_errors_is_given_up(tmp_path: Path, interface: str) -> None:
     """Long before its probation would be over; whoever was connected to it is served on by the old code."""
-    with canary(interface, "--workers", "2", folder=tmp_path, seconds=60) as server:
+    with canary(interface, "--workers", "2", folder=tmp_path, seconds=600) as server:
         with contextlib.ExitStack() as stack:
             old = stack.enter_context(RawClient(server.port))
             check(old.request("GET", "/"))
@@ -136,7 +136,7 @@ def test_few_errors_decide_nothing(tmp_path: Path) -> None:
 
 @each_interface
 def test_a_canary_that_dies_is_given_up(tmp_path: Path, interface: str) -> None:
-    with canary(interface, folder=tmp_path, seconds=60) as server:
+    with canary(interface, folder=tmp_path, seconds=600) as server:
         before = ask(server.port)
         with client_of(server, "one") as old:
             mark = on_probation(server, site(interface, "two"))
@@ -154,18 +154,18 @@ def test_a_canary_that_dies_is_given_up(tmp_path: Path, interface: str) -> None:
 
 
 def test_a_canary_that_hangs_is_given_up(tmp_path: Path) -> None:
-    with serving(tmp_path, "asgi", "--canary", "60", "--timeout", "2") as server:
+    with serving(tmp_path, "asgi", "--canary", "600", "--timeout", "5") as server:
         before = ask(server.port)
         mark = on_probation(server, site("asgi", "two"))
         with client_of(server, "two") as client:
             client.send(request_bytes("GET", "/spin"))
-            server.wait_line(r"generation 2 given up: its event loop did not answer for timeout, 2 s", after=mark)
+            server.wait_line(r"generation 2 given up: its event loop did not answer for timeout, 5 s", after=mark)
             server.wait_line("worker 2 gen 2 gone", after=mark)
         assert ask(server.port) == before
 
 
 def test_a_reload_during_the_probation_takes_its_place(tmp_path: Path) -> None:
-    with canary("asgi", folder=tmp_path, seconds=2) as server, Load(server.port, clients=2, pause=0.02) as load:
+    with canary("asgi", folder=tmp_path) as server, Load(server.port, clients=2, pause=0.02) as load:
         on_probation(server, site("asgi", "two"))
         with client_of(server, "two") as client:
             mark = server.mark()
@@ -177,7 +177,7 @@ def test_a_reload_during_the_probation_takes_its_place(tmp_path: Path) -> None:
 
 
 def test_a_stop_during_the_probation(tmp_path: Path) -> None:
-    with canary("asgi", folder=tmp_path, seconds=60) as server:
+    with canary("asgi", folder=tmp_path, seconds=600) as server:
         on_probation(server, site("asgi", "two"))
         assert server.stop() == 0
         assert "given up" not in server.log
@@ -217,7 +217,7 @@ def test_an_upgrade_around_the_end_of_a_probation(tmp_path: Path) -> None:
 
 def test_an_upgrade_during_the_probation_forgets_no_error(tmp_path: Path) -> None:
     """The new program judges by all that the canary has answered, also while the old one ran."""
-    with canary("asgi", folder=tmp_path, seconds=60) as server, RawClient(server.port) as old:
+    with canary("asgi", folder=tmp_path, seconds=600) as server, RawClient(server.port) as old:
         check(old.request("GET", "/"))
         mark = on_probation(server, failing("asgi", "two"))
         with client_of(server, "two") as client:
@@ -320,7 +320,7 @@ def test_a_delayed_stop_serves_on_for_so_long(tmp_path: Path, interface: str) ->
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGQUIT], ids=lambda number: number.name)
 def test_a_second_stop_does_not_wait_for_the_delay(tmp_path: Path, second: signal.Signals) -> None:
-    with serving(tmp_path, "asgi", "--shutdown-delay", "60") as server:
+    with serving(tmp_path, "asgi", "--shutdown-delay", "600") as server:
         (worker,) = server.worker_pids()
         server.signal(signal.SIGTERM)
         server.wait_line("SIGTERM received")
@@ -328,13 +328,13 @@ def test_a_second_stop_does_not_wait_for_the_delay(tmp_path: Path, second: signa
         mark = server.mark()
         server.signal(second)
         server.wait_line(f"{second.name} received", after=mark)
-        assert server.wait_exit(10) == 0
+        assert server.wait_exit() == 0
         assert not alive(worker)
 
 
 def test_a_worker_that_dies_during_the_delay_is_replaced(tmp_path: Path) -> None:
     """It is still a site that serves. A reload, though, comes too late."""
-    with serving(tmp_path, "asgi", "--shutdown-delay", "60") as server:
+    with serving(tmp_path, "asgi", "--shutdown-delay", "600") as server:
         server.signal(signal.SIGTERM)
         server.wait_line("SIGTERM received")
         with RawClient(server.port) as client:
@@ -346,7 +346,7 @@ def test_a_worker_that_dies_during_the_delay_is_replaced(tmp_path: Path) -> None
         assert ask(server.port).version == "one"
         assert "gen 2" not in server.log
         server.signal(signal.SIGTERM)
-        assert server.wait_exit(10) == 0
+        assert server.wait_exit() == 0
 
 
 # ------------------------------------------------------------------------------------------------- size and age

@@ -242,7 +242,7 @@ def test_ctrl_c_ends_at_once_whatever_is_open(tmp_path: Path) -> None:
         started = time.monotonic()
         os.killpg(server.pid, signal.SIGINT)
         assert server.wait_exit() == 0
-        assert time.monotonic() - started < 5.0, "the default of a server in production is 8 s"
+        assert time.monotonic() - started < 8, "the default of a server in production, here it is 1.2 s"
         assert "cut 1 requests short at the end of its drain: " in server.log
         assert re.search(r"gone: exit 0 after ", server.log), "it was not killed"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support import RawClient, Server, raw, request_bytes, write_app
+from tests.support import DEADLINE, RawClient, Server, raw, request_bytes, write_app
 
 PAYLOAD = bytes(range(256)) * 4096  # 1 MiB
 DIGEST = hashlib.sha256(PAYLOAD).hexdigest()
@@ -254,7 +254,7 @@ def test_validated_get_head_and_204(validated: Server) -> None:
 def test_validated_post(validated: Server, framing: str) -> None:
     """G3, G5"""
     content = PAYLOAD if framing == "content-length" else iter([PAYLOAD[:1000], PAYLOAD[1000:]])
-    with httpx.Client(base_url=validated.url, timeout=20, trust_env=False) as client:
+    with httpx.Client(base_url=validated.url, timeout=DEADLINE, trust_env=False) as client:
         answer = client.post("/digest", content=content, headers={"Content-Type": "application/octet-stream"})
         assert answer.text == DIGEST
         assert client.post("/lines", content=b"one\ntwo\r\n\nend").text == repr([b"one\n", b"two\r\n", b"\n", b"end"])
@@ -316,7 +316,7 @@ def test_validated_errors(validated: Server) -> None:
 
 def test_task_groups_behind_middleware(juggler: Server) -> None:
     """A8, R6: receive and send are used from the middleware's tasks; some of those are cancelled."""
-    with httpx.Client(base_url=juggler.url, timeout=20, trust_env=False) as client:
+    with httpx.Client(base_url=juggler.url, timeout=DEADLINE, trust_env=False) as client:
         for _ in range(10):
             answer = client.get("/fan-out")
             assert answer.json() == {str(number): number * number for number in range(5)}
@@ -326,7 +326,7 @@ def test_task_groups_behind_middleware(juggler: Server) -> None:
 
 def test_body_read_by_middleware(juggler: Server) -> None:
     """R1, R4: the middleware reads the body, the endpoint reads it again, and nobody waits for more."""
-    with httpx.Client(base_url=juggler.url, timeout=20, trust_env=False) as client:
+    with httpx.Client(base_url=juggler.url, timeout=DEADLINE, trust_env=False) as client:
         for size in (0, 1, 1_000_000):
             answer = client.post("/double", content=b"x" * size)
             assert (answer.text, answer.headers["x-size"]) == (str(2 * size), str(size))

@@ -20,7 +20,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support import RawClient, Response, Server, raw, request_bytes, wait_for
+from tests.support import DEADLINE, RawClient, Response, Server, raw, request_bytes, wait_for
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 PAYLOAD = b"".join(bytes([i % 251]) * 8192 for i in range(640))  # 5 MiB
@@ -82,7 +82,7 @@ class Site:
         return client.post(self.example.upload, files={"file": ("data.bin", data)}, data=fields)
 
     def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.server.url, timeout=20, trust_env=False)
+        return httpx.Client(base_url=self.server.url, timeout=DEADLINE, trust_env=False)
 
 
 def form_token(page: httpx.Response) -> str:
@@ -113,7 +113,7 @@ def site(request: pytest.FixtureRequest, http_parser: str) -> Iterator[Site]:
     env = request.getfixturevalue("django_env") if example.needs == "django" else {}
     args = [example.app, *speed(http_parser), "--workers", str(example.workers)]
     with Server(*args, cwd=EXAMPLES / example.folder, env=env) as server:
-        with httpx.Client(base_url=server.url, timeout=20, trust_env=False) as http:
+        with httpx.Client(base_url=server.url, timeout=DEADLINE, trust_env=False) as http:
             yield Site(example, server, http)
         assert server.stop() == 0
         if example.lifespan:

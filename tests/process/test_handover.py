@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.load import INTERFACES, Answer, Load, announces_close, check, site
-from tests.support import Address, RawClient, Server, alive, request_bytes, wait_for, write_app
+from tests.support import DEADLINE, Address, RawClient, Server, alive, request_bytes, wait_for, write_app
 
 FLAVOURS = [
     ("asgi", "httptools", "uvloop"),
@@ -362,7 +362,7 @@ def test_a_storm_of_reloads_ends_no_connection(tmp_path: Path, flavour: tuple[st
                 write_app(server.cwd, "app", site(flavour[0], f"v{number}"))
                 server.signal(signal.SIGUSR1)
                 load.wait(100)
-            wait_for(lambda: "v24" in load.report.versions, 30)
+            wait_for(lambda: "v24" in load.report.versions)
             only(server, workers)
             assert {answer.version for answer in people.ask()} == {"v24"}
         report = load.report
@@ -390,10 +390,10 @@ def test_what_a_successor_does_not_live_to_take_is_served_on(
         for other in (*people.idle, *people.unread, client):
             other.send(people.request)
         for other in (*people.idle, *people.unread, client):
-            other.sock.settimeout(30.0)
+            other.sock.settimeout(DEADLINE)
             check(other.read_response("POST"), people.body)
-        wait_for(lambda: not alive(pid), 30.0)
-        server.wait_line("generation 2 is serving", 30.0)
+        wait_for(lambda: not alive(pid))
+        server.wait_line("generation 2 is serving")
 
 
 @fast_flavours
@@ -419,7 +419,7 @@ def test_successors_that_are_killed_at_any_moment_lose_nothing_but_what_they_had
             assert answered <= 60
             people.close()
             server.wait_line(rf"gen {generation} gone", after=mark)
-            wait_for(lambda: _serves(address, f"v{number}"), 30)  # noqa: B023
+            wait_for(lambda: _serves(address, f"v{number}"))  # noqa: B023
 
 
 def _ask_each(people: Crowd) -> int:

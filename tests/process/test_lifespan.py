@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from apphost.errors import ExitCode
-from tests.support import RawClient, Server, request_bytes, wait_for, write_app
+from tests.support import DEADLINE, RawClient, Server, request_bytes, wait_for, write_app
 
 APP = """
 import asyncio, json, os, pathlib, sys, time
@@ -172,7 +172,7 @@ def test_nothing_is_served_before_startup_is_complete(start: Start, tmp_path: Pa
         client.sock.settimeout(0.3)
         with pytest.raises(TimeoutError):
             client.sock.recv(1)
-        client.sock.settimeout(20)
+        client.sock.settimeout(DEADLINE)
         (tmp_path / "go").touch()
         assert client.read_response().status == 200
     server.wait_line("ready in")
@@ -354,7 +354,7 @@ def test_shutdown_fails(start: Start, does: str, message: str) -> None:
 def test_shutdown_hangs(start: Start) -> None:
     """L4: not for longer than a stop may take."""
     server = start("shutdown hangs", "--stop-timeout", "1")
-    assert server.stop(5) == 0
+    assert server.stop() == 0
     assert "event lifespan.shutdown" in server.log
     assert re.search(r"the lifespan shutdown took longer than .* and was cancelled|is killed", server.log)
 
@@ -364,7 +364,7 @@ def test_lifespan_that_ends_early(start: Start, does: str) -> None:
     """L4: after its startup it may go, badly or well; requests are served, the stop waits for nobody."""
     server = start(does)
     assert get(server)["state"] == {"number": 1, "shared": []}
-    assert server.stop(5) == 0
+    assert server.stop() == 0
     assert ("raised RuntimeError in its lifespan" in server.log) == (does == "raise later")
 
 

@@ -52,7 +52,7 @@ import threading
 gate = threading.Event()
 def app(environ, start_response):
     if environ["PATH_INFO"] == "/held":
-        gate.wait(20)
+        gate.wait(DEADLINE)
     start_response("200 OK", [])
     return [b"ok"]
 """,

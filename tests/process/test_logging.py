@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.process.ws_probe import WsClient
-from tests.support import RawClient, Server, linux, raw, request_bytes, wait_for, write_app
+from tests.support import DEADLINE, RawClient, Server, linux, raw, request_bytes, wait_for, write_app
 
 WSGI = """
 import os, time
@@ -101,12 +101,12 @@ def test_renamed_files_lose_no_line(tmp_path: Path) -> None:
             access.rename(f"{access}.{generation - 1}")
             error.rename(f"{error}.{generation - 1}")
             server.signal(signal.SIGUSR1)
-            wait_for(lambda generation=generation: serving(generation), 30)  # type: ignore[misc]
+            wait_for(lambda generation=generation: serving(generation))  # type: ignore[misc]
         before = len(asked)
         wait_for(lambda: len(asked) > before + 50)
         ending.set()
         for thread in threads:
-            thread.join(20)
+            thread.join(DEADLINE)
         assert server.stop() == 0
         assert "generation" not in server.log
     files = [Path(f"{access}.1"), Path(f"{access}.2"), access]
@@ -143,14 +143,14 @@ def test_an_upgrade_goes_on_with_its_log(tmp_path: Path) -> None:
     with Server("wsgi_app:app", "--error-log", "logs/error.log", cwd=tmp_path, until=None) as server:
         wait_for(lambda: "generation 1 is serving" in text_of(first))
         server.signal(signal.SIGUSR2)
-        wait_for(lambda: "generation 2 is serving" in text_of(first), 30)
+        wait_for(lambda: "generation 2 is serving" in text_of(first))
         (tmp_path / "logs").rename(tmp_path / "gone")
         server.signal(signal.SIGUSR2)
         server.wait_line("cannot open the error log .*; the log goes to standard error until the next reload")
         server.wait_line("generation 3 given up: .*cannot open the error log")
         (tmp_path / "logs").mkdir()
         server.signal(signal.SIGUSR1)
-        wait_for(lambda: "generation 4 is serving" in text_of(first), 30)
+        wait_for(lambda: "generation 4 is serving" in text_of(first))
         assert "upgraded: apphost" in second.read_text()
         mark = server.mark()
         assert server.stop() == 0
@@ -423,7 +423,7 @@ def test_syslog(tmp_path: Path) -> None:
         server.wait_line(r"syslog at \S+ does not take the access log \(No such file or directory\); .* dropped: 1")
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as daemon:
             daemon.bind(path)
-            daemon.settimeout(10)
+            daemon.settimeout(DEADLINE)
             assert client.request("GET", "/taken").status == 200
             assert re.fullmatch(rb"<14>.{15} apphost\[\d+\]: GET /taken 200", daemon.recv(65536))
             os.chmod(path, 0o777)

@@ -17,7 +17,7 @@ import pytest
 from tests.load import serving, site
 from tests.operating import Control, begin, command, operate, status
 from tests.process.test_canary import failing
-from tests.support import RawClient, Server, linux, raw, request_bytes, wait_for, write_app
+from tests.support import DEADLINE, RawClient, Server, linux, raw, request_bytes, wait_for, write_app
 
 pytestmark = linux
 BROKEN = "def helper():\n    raise RuntimeError('the database has gone')\n\nhelper()\n"
@@ -90,10 +90,10 @@ def test_a_reload_that_hangs(tmp_path: Path) -> None:
         assert f'File "{tmp_path}/app.py", line' in shown
         write_app(tmp_path, "app", site("asgi", "three"))
         second = begin("reload", "--wait", "--pid", str(server.pid))
-        out, err = first.communicate(timeout=30)
+        out, err = first.communicate(timeout=DEADLINE)
         assert first.returncode == 9, out + err
         assert "generation 2 was superseded by generation 3" in err
-        out, err = second.communicate(timeout=30)
+        out, err = second.communicate(timeout=DEADLINE)
         assert second.returncode == 0, out + err
         wait_for(lambda: status(server)["replaced"] == {"superseded": 1, "reload": 1})
         assert "error" not in server.log, "the stacks that were asked for are no crash"
@@ -106,7 +106,7 @@ def test_a_reload_that_hangs(tmp_path: Path) -> None:
         assert stopped.stdout is not None
         assert "waiting for generation" in stopped.stdout.readline()
         assert operate(server, "stop").returncode == 0
-        _, err = stopped.communicate(timeout=30)
+        _, err = stopped.communicate(timeout=DEADLINE)
         assert stopped.returncode == 10
         assert re.search(r"error: the arbiter stops before generation \d is complete", err)
         assert server.wait_exit() == 0
@@ -119,7 +119,7 @@ def test_an_arbiter_that_dies_while_waited_for(tmp_path: Path) -> None:
         waiting = begin("reload", "--wait", "--pid", str(server.pid))
         server.wait_line("worker 2 gen 2 booting")
         server.signal(signal.SIGKILL)
-        _, err = waiting.communicate(timeout=30)
+        _, err = waiting.communicate(timeout=DEADLINE)
         assert waiting.returncode == 10
         assert f"the arbiter, pid {server.pid}, has ended" in err
         done = operate(server, "status")
@@ -154,7 +154,7 @@ def test_a_canary(tmp_path: Path) -> None:
             assert found["what"] == "reloading: 1 of 1 workers are of generation 2, on probation"
             assert 0 < found["canary_left"] <= 1
             assert control.lines()[-1]["outcome"] == "complete"
-    with serving(tmp_path, "asgi", "--canary", "60") as server:
+    with serving(tmp_path, "asgi", "--canary", "600") as server:
         write_app(tmp_path, "app", failing("asgi", "two"))
         waiting = begin("reload", "--wait", "--pid", str(server.pid))
         server.wait_line("is on probation")
@@ -194,10 +194,10 @@ def test_waiting_goes_on_across_an_upgrade(tmp_path: Path) -> None:
         upgrading = begin("upgrade", "--pid", str(server.pid))
         server.wait_line("info upgraded: apphost")
         (tmp_path / "boot").touch()
-        out, err = upgrading.communicate(timeout=30)
+        out, err = upgrading.communicate(timeout=DEADLINE)
         assert upgrading.returncode == 0, out + err
         assert re.search(r"generation 4 is serving app:app with 1 worker", out)
-        out, err = waiting.communicate(timeout=30)
+        out, err = waiting.communicate(timeout=DEADLINE)
         assert waiting.returncode == 9, out + err
         found = status(server)
         assert found["uptime"] > before["uptime"]
@@ -245,8 +245,7 @@ def test_a_crash_after_stacks_were_asked_for(tmp_path: Path) -> None:
     crash = "\nimport ctypes, threading\n"
     crash += "def crash():\n    while not os.path.exists('crash'): time.sleep(0.01)\n    ctypes.string_at(0)\n"
     crash += "threading.Thread(target=crash, daemon=True).start()\n"
-    blocks = site("asgi").replace("time.sleep(600)", "time.sleep(3)") + crash
-    write_app(tmp_path, "app", blocks)
+    write_app(tmp_path, "app", site("asgi") + crash)
     with Server("app:app", cwd=tmp_path, allow_errors=True) as server, in_progress(server, "/sleep"):
         server.wait_line("generation 1 is serving")
         wait_for(lambda: "its event loop is blocked" in operate(server, "stacks").stdout)
@@ -356,7 +355,7 @@ def test_stop_waits_until_the_server_has_gone(tmp_path: Path) -> None:
         (tmp_path / "go").touch()
         assert client.read_response().status == 200
         for each in (stopping, again):
-            out, err = each.communicate(timeout=30)
+            out, err = each.communicate(timeout=DEADLINE)
             assert each.returncode == 0, out + err
             assert out.endswith("stopped\n")
         assert server.process.poll() == 0
@@ -378,9 +377,9 @@ def test_watch(tmp_path: Path) -> None:
         watching = begin("status", "--watch", "--json", "--pid", str(server.pid))
         assert watching.stdout is not None
         first, second = (json.loads(watching.stdout.readline()) for _ in range(2))
-        assert 1 < second["uptime"] - first["uptime"] < 20
+        assert second["uptime"] - first["uptime"] > 1
         watching.send_signal(signal.SIGINT)
-        assert watching.wait(10) == 130
+        assert watching.wait(DEADLINE) == 130
         watching.communicate()
 
 

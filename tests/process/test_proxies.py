@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,7 +188,7 @@ def test_allowed_hosts(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def announced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("announced")
-    args = ("--proxy-protocol", "--request-header-timeout", "1", "--log-level", "debug", "--workers", "2")
+    args = ("--proxy-protocol", "--log-level", "debug", "--workers", "2")
     with serving(folder, "asgi", *args, trusted="127.0.0.1,unix,198.18.0.0/15") as running:
         yield running
 
@@ -226,15 +225,16 @@ def test_a_header_in_single_bytes(announced: Site, header: bytes) -> None:
         assert told(client.request("GET", "/"))["client"] == ["203.0.113.9", 4711]
 
 
-def test_half_a_header_costs_nothing_and_has_a_deadline(announced: Site) -> None:
+def test_half_a_header_costs_nothing_and_has_a_deadline(tmp_path: Path) -> None:
     """The bytes are taken, so the socket is not readable and the loop sleeps; time is up after a second."""
-    clients = [introduced(announced.server.port, header) for header in (V1[:20], V2[:20], V2[:3], b"")]
-    before = [cpu(pid) for pid in announced.server.worker_pids()]
-    for client in clients:
-        assert client.eof(10)
-        client.close()
-    spent = sum(cpu(pid) for pid in announced.server.worker_pids()) - sum(before)
-    assert spent < 0.5, f"{spent} s of CPU time while waiting"
+    with serving(tmp_path, "asgi", "--proxy-protocol", "--request-header-timeout", "1") as site:
+        clients = [introduced(site.server.port, header) for header in (V1[:20], V2[:20], V2[:3], b"")]
+        before = [cpu(pid) for pid in site.server.worker_pids()]
+        for client in clients:
+            assert client.eof()
+            client.close()
+        spent = sum(cpu(pid) for pid in site.server.worker_pids()) - sum(before)
+        assert spent < 0.5, f"{spent} s of CPU time while waiting"
 
 
 def cpu(pid: int) -> float:
@@ -344,17 +344,16 @@ def test_trust_follows_the_settings_at_a_reload(tmp_path: Path) -> None:
 
 
 def test_a_stop_does_not_wait_for_introductions(tmp_path: Path) -> None:
+    patient = ("--graceful-timeout", "600", "--request-header-timeout", "600")
     with (
-        serving(tmp_path, "asgi", "--proxy-protocol", "--graceful-timeout", "30") as site,
+        serving(tmp_path, "asgi", "--proxy-protocol", *patient) as site,
         introduced(site.server.port, V1[:20]) as client,
         introduced(site.server.port, V1) as other,
     ):
         assert told(other.request("GET", "/"))["client"][0] == "203.0.113.9"  # so the first was accepted, too
-        started = time.monotonic()
         site.server.reload()
-        site.server.wait_line(r"worker 1 gen 1 gone: exit 0", 10)
-        assert time.monotonic() - started < 8
-        assert client.eof(10)
+        site.server.wait_line(r"worker 1 gen 1 gone: exit 0")
+        assert client.eof()
 
 
 # --------------------------------------------------------------------------------------------------------- WebSockets

@@ -17,7 +17,7 @@ import pytest
 
 from tests.load import Load, site
 from tests.process.proxy_site import APPS, told, write_site
-from tests.rawhttp import Address, RawClient, connect
+from tests.rawhttp import DEADLINE, Address, RawClient, connect
 from tests.support import Server, wait_for, write_app
 from tests.test_docs import snippets
 
@@ -107,7 +107,7 @@ def running(command: list[str], folder: Path, address: Address) -> Iterator[None
     finally:
         process.terminate()
         try:
-            process.wait(10)
+            process.wait(DEADLINE)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

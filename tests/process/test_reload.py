@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -246,8 +245,8 @@ def test_a_request_that_outlasts_graceful_timeout_is_cut_and_named(tmp_path: Pat
         client.send(request_bytes("GET", "/wait/never"))
         server.wait_line("/wait/never in progress")
         server.reload()
-        server.wait_line(r"worker 1 gen 1 cut 1 requests? short .*GET /wait/never", 5)
-        server.wait_line("worker 1 gen 1 gone", 5)
+        server.wait_line(r"worker 1 gen 1 cut 1 requests? short .*GET /wait/never")
+        server.wait_line("worker 1 gen 1 gone")
         with pytest.raises((ConnectionResetError, AssertionError)):
             client.read_response()
         assert ask(server.port).version == "one"
@@ -413,14 +412,12 @@ def test_reload_signals_to_every_process_kill_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT], ids=lambda number: number.name)
 def test_a_stop_in_the_middle_of_a_reload(tmp_path: Path, number: signal.Signals) -> None:
-    with serving(tmp_path, "asgi") as server:
+    with serving(tmp_path, "asgi", "--stop-timeout", "600", "--boot-timeout", "600") as server:
         write_app(tmp_path, "app", BROKEN["hang"][0])
         server.reload(wait=False)
         server.wait_line("worker 2 gen 2 booting")
-        started = time.monotonic()
         server.signal(number)
-        assert server.wait_exit() == 0
-        assert time.monotonic() - started < 3
+        assert server.wait_exit() == 0, "long before either"
 
 
 def test_scaling_in_the_middle_of_a_reload(tmp_path: Path) -> None:

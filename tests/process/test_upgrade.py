@@ -338,7 +338,7 @@ def test_a_new_program_that_hangs_is_given_up_with_a_stop(tmp_path: Path) -> Non
         server.signal(signal.SIGUSR2)
         server.wait_line("^trial")
         assert ask(server.port).version == "one"
-        assert server.stop(5) == 0
+        assert server.stop() == 0
 
 
 def test_an_interpreter_that_is_gone_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect, unix_connect
 
-from tests.rawhttp import RawClient
+from tests.rawhttp import DEADLINE, RawClient
 from tests.support import Server, wait_for, write_app
 
 STARLETTE = '''
@@ -360,7 +360,7 @@ _starlette, _fastapi, _channels = site("starlette"), site("fastapi"), site("chan
 def closed(client: ClientConnection) -> tuple[int, str]:
     """Code and reason of the server's close, which must come next."""
     with pytest.raises(ConnectionClosed) as caught:
-        client.recv(timeout=10)
+        client.recv(timeout=DEADLINE)
     assert caught.value.rcvd is not None, "the connection ended without a closing handshake"
     return caught.value.rcvd.code, caught.value.rcvd.reason
 
@@ -380,8 +380,8 @@ def test_starlette_echo(starlette: Site, compression: str | None) -> None:
     with starlette.open(f"/echo?name={name}", compression=compression) as client:
         for message in messages:
             client.send(message)
-            assert client.recv(timeout=10) == message
-        assert client.ping(b"there?").wait(10)
+            assert client.recv(timeout=DEADLINE) == message
+        assert client.ping(b"there?").wait(DEADLINE)
         client.close(4242, "käse")
     assert end_of(starlette, name) == [4242, "käse"]
 
@@ -390,7 +390,7 @@ def test_starlette_on_a_unix_socket(starlette: Site) -> None:
     """W4"""
     with unix_connect(starlette.socket_path, "ws://localhost/echo?name=unix") as client:
         client.send("text")
-        assert client.recv(timeout=10) == "text"
+        assert client.recv(timeout=DEADLINE) == "text"
     assert end_of(starlette, "unix") == [1000, ""]
 
 
@@ -398,7 +398,7 @@ def test_starlette_hears_of_a_lost_client(starlette: Site) -> None:
     """W8"""
     with starlette.open("/echo?name=lost") as client:
         client.send("text")
-        assert client.recv(timeout=10) == "text"
+        assert client.recv(timeout=DEADLINE) == "text"
         client.socket.shutdown(2)
     assert end_of(starlette, "lost") == [1006, ""]
 
@@ -411,7 +411,7 @@ def test_starlette_json(starlette: Site, mode: str) -> None:
         assert client.response is not None
         assert client.response.headers["x-calc"] == "2"
         client.send("[3, 1, 2]")
-        answer = client.recv(timeout=10)
+        answer = client.recv(timeout=DEADLINE)
         assert isinstance(answer, str) == (mode == "text")
         assert json.loads(answer) == {"sum": 6, "sorted": [1, 2, 3]}
         client.send('"nonsense"')
@@ -452,9 +452,9 @@ def test_starlette_two_tasks(starlette: Site) -> None:
     mark = starlette.server.mark()
     with starlette.open("/ticker?name=ticker") as client:
         for number in range(20):
-            assert client.recv(timeout=10) == f"tick {number}"
+            assert client.recv(timeout=DEADLINE) == f"tick {number}"
         client.send("me")
-        while not (message := str(client.recv(timeout=10))).startswith("heard"):
+        while not (message := str(client.recv(timeout=DEADLINE))).startswith("heard"):
             pass
         assert message == "heard me"
     assert end_of(starlette, "ticker") == "ticker done"
@@ -465,7 +465,7 @@ def test_starlette_endpoint(starlette: Site) -> None:
     """W9: nonsense makes the class close with 1003."""
     with starlette.open("/endpoint?name=endpoint") as client:
         client.send('{"a": [1, null]}')
-        assert json.loads(client.recv(timeout=10)) == {"got": {"a": [1, None]}}
+        assert json.loads(client.recv(timeout=DEADLINE)) == {"got": {"a": [1, None]}}
         client.send("nonsense")
         assert closed(client)[0] == 1003
     assert end_of(starlette, "endpoint") == 1011  # Starlette's own word, for the exception that it raises then
@@ -480,13 +480,13 @@ def test_fastapi_dependencies_and_path_parameters(fastapi: Site) -> None:
         fastapi.open("/rooms/caf%C3%A9/41?token=ann", additional_headers={"X-Tenant": "acme"}) as ann,
         fastapi.open("/rooms/caf%C3%A9/0?token=bob") as bob,
     ):
-        assert ann.recv(timeout=10) == "hello ann@acme in café 42"
-        assert bob.recv(timeout=10) == "hello bob@none in café 1"
+        assert ann.recv(timeout=DEADLINE) == "hello ann@acme in café 42"
+        assert bob.recv(timeout=DEADLINE) == "hello bob@none in café 1"
         ann.send("hi all")
-        assert ann.recv(timeout=10) == bob.recv(timeout=10) == "ann@acme: hi all"
+        assert ann.recv(timeout=DEADLINE) == bob.recv(timeout=DEADLINE) == "ann@acme: hi all"
         bob.close()
         ann.send("anyone?")
-        assert ann.recv(timeout=10) == "ann@acme: anyone?"
+        assert ann.recv(timeout=DEADLINE) == "ann@acme: anyone?"
 
 
 def test_fastapi_refusals(fastapi: Site) -> None:
@@ -502,7 +502,7 @@ def test_fastapi_failure_in_a_dependency(fastapi: Site) -> None:
     """W10 W11: after the client has gone; that is the application's own, and logged."""
     mark = fastapi.server.mark()
     with fastapi.open("/rooms/late/1?token=late") as client:
-        assert client.recv(timeout=10) == "hello late in late 2"
+        assert client.recv(timeout=DEADLINE) == "hello late in late 2"
     fastapi.server.wait_line(r"RuntimeError \(in the clean-up of a .*in WebSocket /rooms/late/1", after=mark)
 
 
@@ -510,7 +510,7 @@ def test_fastapi_models(fastapi: Site) -> None:
     """W9"""
     with fastapi.open("/orders?name=good") as client:
         client.send('{"item": "käse", "count": 21}')
-        assert json.loads(client.recv(timeout=10)) == {"item": "käse", "count": 42}
+        assert json.loads(client.recv(timeout=DEADLINE)) == {"item": "käse", "count": 42}
         client.close(1001)
     assert end_of(fastapi, "good") == 1001
     with fastapi.open("/orders?name=bad") as client:
@@ -523,12 +523,12 @@ def test_fastapi_many_clients(fastapi: Site) -> None:
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(fastapi.open(f"/rooms/many/1?token=u{number}")) for number in range(40)]
         for number, client in enumerate(clients):
-            assert client.recv(timeout=10) == f"hello u{number}@none in many 2"
+            assert client.recv(timeout=DEADLINE) == f"hello u{number}@none in many 2"
         for number, client in enumerate(clients):
             client.send(f"from {number}")
         expected = {f"u{number}@none: from {number}" for number in range(40)}
         for client in clients:
-            assert {client.recv(timeout=10) for _ in clients} == expected
+            assert {client.recv(timeout=DEADLINE) for _ in clients} == expected
 
 
 # -- Django Channels
@@ -538,10 +538,10 @@ def test_channels_sync_consumer(channels: Site) -> None:
     """W5 W6 W8: in a thread."""
     with channels.open("/sync/ann", subprotocols=["x", "chat"]) as client:
         assert client.subprotocol == "chat"
-        assert client.recv(timeout=10) == "welcome ann"
+        assert client.recv(timeout=DEADLINE) == "welcome ann"
         for message in ("text", b"bytes", "€" * 50000, bytes(200000)):
             client.send(message)
-            assert client.recv(timeout=10) == message
+            assert client.recv(timeout=DEADLINE) == message
         client.close(4002)
     assert end_of(channels, "ann") == 4002
 
@@ -549,7 +549,7 @@ def test_channels_sync_consumer(channels: Site) -> None:
 def test_channels_close_from_the_consumer(channels: Site) -> None:
     """W9"""
     with channels.open("/sync/bob") as client:
-        assert client.recv(timeout=10) == "welcome bob"
+        assert client.recv(timeout=DEADLINE) == "welcome bob"
         client.send("leave")
         assert closed(client) == (4000, "as you wish")
     assert end_of(channels, "bob") == 4000
@@ -562,7 +562,7 @@ def test_channels_denials(channels: Site) -> None:
     assert channels.refused("/sync/mallory").status_code == 403
     with channels.open("/implicit", origin="http://evil.example") as client:  # ALLOWED_HOSTS is *
         client.send("x")
-        assert client.recv(timeout=10) == "x None"
+        assert client.recv(timeout=DEADLINE) == "x None"
     assert not [line for line in channels.server.lines(mark) if " error " in line]
 
 
@@ -572,7 +572,7 @@ def test_channels_failures(channels: Site) -> None:
     assert channels.refused("/silent").status_code == 500
     assert channels.refused("/no-such-route").status_code == 500
     with channels.open("/sync/eve") as client:
-        assert client.recv(timeout=10) == "welcome eve"
+        assert client.recv(timeout=DEADLINE) == "welcome eve"
         client.send("fail")
         assert closed(client)[0] == 1011
     channels.server.wait_line(r"RuntimeError \(out of connect\).*500.*in WebSocket /silent", after=mark)
@@ -583,11 +583,12 @@ def test_channels_json_consumer(channels: Site) -> None:
     """W6 W9"""
     with channels.open("/json") as client:
         client.send('{"a": "käse"}')
-        assert json.loads(client.recv(timeout=10)) == {"echo": {"a": "käse"}}
+        assert json.loads(client.recv(timeout=DEADLINE)) == {"echo": {"a": "käse"}}
         client.send('"push"')
-        assert [json.loads(client.recv(timeout=10)) for _ in range(5)] == [{"number": number} for number in range(5)]
+        for number in range(5):
+            assert json.loads(client.recv(timeout=DEADLINE)) == {"number": number}
         client.send('"leave"')
-        assert json.loads(client.recv(timeout=10)) == {"bye": True}
+        assert json.loads(client.recv(timeout=DEADLINE)) == {"bye": True}
         assert closed(client) == (4001, "")
     assert end_of(channels, "json") == 4001
 
@@ -599,4 +600,4 @@ def test_channels_many_clients(channels: Site) -> None:
         for number, client in enumerate(clients):
             client.send(f"text {number}")
         for number, client in enumerate(clients):
-            assert [client.recv(timeout=10) for _ in range(2)] == [f"welcome user{number}", f"text {number}"]
+            assert [client.recv(timeout=DEADLINE) for _ in range(2)] == [f"welcome user{number}", f"text {number}"]

@@ -36,7 +36,7 @@ from tests.process.ws_probe import (
     frame,
     masked,
 )
-from tests.support import Server, linux
+from tests.support import DEADLINE, Server, linux
 
 KIB, MIB = 2**10, 2**20
 LIMIT = MIB  # of a message, on the server of this file
@@ -46,8 +46,14 @@ DEFLATE = "permessage-deflate"
 
 @pytest.fixture(scope="module", params=WS_PAIRS, ids="-".join)
 def ws(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Probe]:
-    limits = ("--limit-ws-message", "1MiB", "--write-timeout", "1s")
-    with serving_websockets(request.param, tmp_path_factory.mktemp("ws"), *limits) as probe:
+    with serving_websockets(request.param, tmp_path_factory.mktemp("ws"), "--limit-ws-message", "1MiB") as probe:
+        yield probe
+
+
+@pytest.fixture(scope="module", params=WS_PAIRS, ids="-".join)
+def impatient(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Probe]:
+    """A server whose clients must read: of its own, as nothing else shall depend on how fast a test reads."""
+    with serving_websockets(request.param, tmp_path_factory.mktemp("ws"), "--write-timeout", "2s") as probe:
         yield probe
 
 
@@ -451,10 +457,10 @@ def test_w14_another_implementation(ws: Probe, options: dict[str, Any]) -> None:
         assert len(client.protocol.extensions) == 1
         for message in messages:
             client.send(message)
-            assert client.recv(timeout=20) == message
+            assert client.recv(timeout=DEADLINE) == message
         client.send(iter(["in ", "many ", "pieces"]))
-        assert client.recv(timeout=20) == "in many pieces"
-        assert client.ping().wait(20)
+        assert client.recv(timeout=DEADLINE) == "in many pieces"
+        assert client.ping().wait(DEADLINE)
 
 
 # -- W14, W15: memory
@@ -496,7 +502,7 @@ def push(client: WsClient, data: bytes, total: int) -> int:
     except (TimeoutError, ConnectionError):
         pass
     finally:
-        client.sock.settimeout(20.0)
+        client.sock.settimeout(DEADLINE)
     return sent
 
 
@@ -558,12 +564,11 @@ def test_w15_an_application_that_does_not_receive_stops_the_client(
 
 
 @linux
-def test_w15_a_client_that_never_reads(ws: Probe) -> None:
-    """W15: 200 MiB for it wait in the application, and `write_timeout`, here 1 s, ends it."""
+def test_w15_a_client_that_never_reads(impatient: Probe) -> None:
+    """W15: 200 MiB for it wait in the application, and `write_timeout`, here 2 s, ends it."""
     it = script(("accept",), ("stream", 200 * MIB, 64 * KIB))
-    with Memory(ws) as memory, WsClient(ws.port, it.target).opened() as client:
-        assert settled(lambda: ws.records(it)[:1])[0] < 24 * MIB
-        taken, names = ws.ended(it)
+    with Memory(impatient) as memory, WsClient(impatient.port, it.target).opened() as client:
+        taken, names = impatient.ended(it)
         assert taken < 24 * MIB
         assert "OSError" in names
         with pytest.raises(ConnectionResetError):  # noqa: PT012
@@ -585,10 +590,10 @@ def test_w15_a_client_that_reads_slowly_gets_everything(ws: Probe) -> None:
     assert ws.ended(it) == [total]
 
 
-def test_w15_a_client_that_reads_a_large_message_steadily_gets_it(ws: Probe) -> None:
-    """W15: for longer than `write_timeout`, here 1 s, which is for one that has stopped to read."""
+def test_w15_a_client_that_reads_a_large_message_steadily_gets_it(impatient: Probe) -> None:
+    """W15: for longer than `write_timeout`, here 2 s, which is for one that has stopped to read."""
     it = script(("accept",), ("shout", "x", 30 * MIB))
-    with WsClient(ws.port, it.target).opened() as client:
+    with WsClient(impatient.port, it.target).opened() as client:
         size = 0
         while size < 30 * MIB:
             part = client.sock.recv(MIB)
@@ -598,21 +603,21 @@ def test_w15_a_client_that_reads_a_large_message_steadily_gets_it(ws: Probe) -> 
 
 
 @linux
-def test_w15_w7_pings_of_a_client_that_never_reads(ws: Probe) -> None:
+def test_w15_w7_pings_of_a_client_that_never_reads(impatient: Probe) -> None:
     """W15 W7: answers that are not read are not piled up; `write_timeout` ends it."""
     it = script(*LISTENING)
-    with Memory(ws) as memory, WsClient(ws.port, it.target).opened() as client:
+    with Memory(impatient) as memory, WsClient(impatient.port, it.target).opened() as client:
         push(client, frame(PING, b"x" * 125) * 500, 200 * MIB)
-        assert ws.ended(it) == [{"type": "websocket.disconnect", "code": 1006, "reason": ""}]
+        assert impatient.ended(it) == [{"type": "websocket.disconnect", "code": 1006, "reason": ""}]
     assert memory.peak < 8 * MIB
 
 
 @linux
-def test_w15_w9_a_client_that_never_reads_cannot_be_told(ws: Probe) -> None:
+def test_w15_w9_a_client_that_never_reads_cannot_be_told(impatient: Probe) -> None:
     """W15 W9: the close frame waits behind the rest, but not for ever."""
     it = script(("accept",), ("together", [("stream", 64 * MIB, 64 * KIB), ("closing", 0.1)]), ("receive",))
-    with WsClient(ws.port, it.target).opened():
-        *_, end = ws.ended(it)
+    with WsClient(impatient.port, it.target).opened():
+        *_, end = impatient.ended(it)
         assert end == {"type": "websocket.disconnect", "code": 1006, "reason": ""}
 
 
@@ -647,7 +652,7 @@ def test_w15_others_have_their_turn(ws: Probe) -> None:
             busy.sock.shutdown(socket.SHUT_RDWR)
             for thread in threads:
                 thread.join()
-    assert slowest < 2
+    assert slowest < 10  # s; alone, it is some hundredths
 
 
 def test_w15_thousands_of_tiny_fragments(ws: Probe) -> None:
@@ -657,7 +662,7 @@ def test_w15_thousands_of_tiny_fragments(ws: Probe) -> None:
         began = time.monotonic()
         client.send(frame(TEXT, b"a", False) + frame(CONTINUED, b"b", False) * count + frame(CONTINUED, b"c"))
         assert client.hear() == "a" + "b" * count + "c"
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 60  # s; a tenth of a second, if it is in proportion
 
 
 def test_w15_a_message_byte_by_byte(ws: Probe) -> None:
@@ -669,7 +674,7 @@ def test_w15_a_message_byte_by_byte(ws: Probe) -> None:
         for position in range(0, len(wire), 30):
             client.send(wire[position : position + 30])
         assert client.hear() == data
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 60  # s; a tenth of a second, if it is in proportion
 
 
 def test_w13_masks(ws: Probe) -> None:

@@ -17,7 +17,7 @@ import pytest
 from websockets.sync.client import connect as connect_websocket
 
 from tests.process.ws_probe import BINARY, CONTINUED, PING, PONG, TEXT, Frame, WsClient, close_frame, frame
-from tests.rawhttp import Address, RawClient
+from tests.rawhttp import DEADLINE, Address, RawClient
 from tests.support import Server, wait_for, write_app
 
 # The parser only reads the handshake, so two flavours are all that there is.
@@ -99,7 +99,7 @@ def replace(server: Server, version: str, extra: str = "") -> None:
     mark = server.mark()
     generation = deploy(server, version, extra)
     count = server.log.count(f"gen {generation} booting")
-    wait_for(lambda: "\n".join(server.lines(mark)).count(f"gen {generation - 1} gone: exit 0") == count, 30)
+    wait_for(lambda: "\n".join(server.lines(mark)).count(f"gen {generation - 1} gone: exit 0") == count)
 
 
 def ask(client: WsClient, text: str) -> tuple[str, int, int]:
@@ -128,7 +128,7 @@ def opened(address: Address, *targets: str, headers: Sequence[tuple[str, str]] =
 
 
 def gone(server: Server, generation: int) -> None:
-    server.wait_line(rf"gen {generation} gone: exit 0", 30)
+    server.wait_line(rf"gen {generation} gone: exit 0")
 
 
 # --------------------------------------------------------------------------------------------------------------- close
@@ -301,7 +301,7 @@ def test_what_the_application_has_not_received_is_for_the_next(tmp_path: Path, f
 
 def test_the_ping_that_is_not_answered_travels(tmp_path: Path) -> None:
     """And the time that is left for its answer: the next worker takes it, or closes."""
-    args = ("--ws-ping-interval", "0.5", "--ws-ping-timeout", "3")
+    args = ("--ws-ping-interval", "0.5", "--ws-ping-timeout", "10")  # much more than a reload takes
     with (
         serving(tmp_path, *args) as (server, address),
         WsClient(address, "/rejoin").opened() as answers,
@@ -330,7 +330,7 @@ def test_compressed_sockets_move(tmp_path: Path) -> None:
                 replace(server, version)
             for turn in range(5):
                 client.send(f"{'the same again and again ' * 40} {turn}")
-                assert str(client.recv(20)).split()[0] == version
+                assert str(client.recv(DEADLINE)).split()[0] == version
 
 
 def test_sockets_move_when_a_worker_is_retired(tmp_path: Path) -> None:
@@ -373,7 +373,7 @@ def test_a_storm_of_reloads_loses_no_message(tmp_path: Path, flavour: tuple[str,
             deploy(server, f"v{number}")
         stop.set()
         for thread in threads:
-            thread.join(30)
+            thread.join(DEADLINE)
         assert not failures
         assert len(re.findall("ended .*1012", server.log)) >= 20 * 5
 

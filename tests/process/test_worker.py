@@ -34,16 +34,16 @@ def test_a_blocked_event_loop_is_killed_with_its_stacks_and_requests(
     tmp_path: Path, flavour: str, target: str, function: str
 ) -> None:
     pytest.importorskip(flavour)
-    with serving(tmp_path, "asgi", "--workers", "2", "--timeout", "1.5", "--loop", flavour) as server:
+    with serving(tmp_path, "asgi", "--workers", "2", "--timeout", "4", "--loop", flavour) as server:
         before = server.worker_pids()
         stuck, other = before
         with one_of(server, stuck) as victim, one_of(server, other) as survivor:
             victim.send(request_bytes("GET", target))
             started = time.monotonic()
-            server.wait_line(r"error worker \d gen 1 is stuck: .* timeout, 1.5 s", 8)
-            assert time.monotonic() - started > 0.9  # the last beat may have come up to a tick before
+            server.wait_line(r"error worker \d gen 1 is stuck: .* timeout, 4 s")
+            assert time.monotonic() - started > 3.4  # the last beat may have come up to a tick before
             check(survivor.request("POST", "/", body=b"served"), b"served")
-            gone = server.wait_line(r"error worker (\d) gen 1 gone: died of SIGKILL", 5)
+            gone = server.wait_line(r"error worker (\d) gen 1 gone: died of SIGKILL")
             with pytest.raises((AssertionError, ConnectionResetError)):
                 victim.read_response()
             check(survivor.request("GET", "/"))
@@ -57,11 +57,11 @@ def test_a_blocked_event_loop_is_killed_with_its_stacks_and_requests(
 
 
 def test_a_worker_that_is_stopped_is_killed_and_replaced(tmp_path: Path) -> None:
-    with serving(tmp_path, "wsgi", "--workers", "2", "--timeout", "1") as server:
+    with serving(tmp_path, "wsgi", "--workers", "2", "--timeout", "4") as server:
         stopped, other = server.worker_pids()
         os.kill(stopped, signal.SIGSTOP)
-        server.wait_line(r"worker \d gen 1 is stuck", 8)
-        server.wait_line(r"worker \d gen 1 gone: died of SIGKILL", 5)
+        server.wait_line(r"worker \d gen 1 is stuck")
+        server.wait_line(r"worker \d gen 1 gone: died of SIGKILL")
         wait_for(lambda: len(server.worker_pids()) == 2 and stopped not in server.worker_pids())
         assert other in server.worker_pids()
         assert ask(server.port).version == "one"
@@ -69,12 +69,12 @@ def test_a_worker_that_is_stopped_is_killed_and_replaced(tmp_path: Path) -> None
 
 def test_a_long_request_in_a_thread_is_not_stuck(tmp_path: Path) -> None:
     """`timeout` is about the event loop; a WSGI application may take its time."""
-    with serving(tmp_path, "wsgi", "--timeout", "0.8", "--threads", "2") as server, RawClient(server.port) as client:
+    with serving(tmp_path, "wsgi", "--timeout", "2", "--threads", "2") as server, RawClient(server.port) as client:
         client.send(request_bytes("GET", "/wait/go"))
         server.wait_line("/wait/go in progress")
         with Load(server.port, clients=1) as load:
-            end = time.monotonic() + 2.5
-            wait_for(lambda: time.monotonic() > end, what="more than three times the timeout")
+            end = time.monotonic() + 5
+            wait_for(lambda: time.monotonic() > end, what="more than twice the timeout")
         (tmp_path / "go").touch()
         assert check(client.read_response()).pid == server.worker_pids()[0]
         assert load.report.lost == []
@@ -196,8 +196,8 @@ def test_a_side_process_of_the_application_does_not_hide_a_death(tmp_path: Path)
     """It holds the channel of the worker open, so the channel does not end with the worker."""
     with serving(tmp_path, "asgi", extra=FORKING) as server:
         os.kill(server.worker_pids()[0], signal.SIGKILL)
-        server.wait_line("worker 1 gen 1 gone: died of SIGKILL", 5)
-        server.wait_line("worker 2 gen 1 ready", 5)
+        server.wait_line("worker 1 gen 1 gone: died of SIGKILL")
+        server.wait_line("worker 2 gen 1 ready")
         (tmp_path / "end-side").touch()
 
 

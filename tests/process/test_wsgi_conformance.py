@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 import pytest
 
 from tests.process.wsgi_probe import BAD_STARTS, BLOCK, FLOOD_BLOCKS, GOOD_STARTS, NOT_BYTES, RAISES
-from tests.support import RawClient, Response, Server, raw, request_bytes, wait_for
+from tests.support import DEADLINE, RawClient, Response, Server, raw, request_bytes, wait_for
 
 PAIRS = [("h11", "asyncio"), ("httptools", "uvloop")]
 _numbers = count(1)
@@ -271,7 +271,7 @@ def test_head_waits_for_the_first_block(probe: Server, client: RawClient, key: s
         client.sock.settimeout(0.3)
         with pytest.raises(TimeoutError):
             client.sock.recv(1)
-        client.sock.settimeout(20)
+        client.sock.settimeout(DEADLINE)
         ask(probe, "/open", key=key)
         assert client.read_response().body == b"after"
     else:
@@ -500,7 +500,7 @@ def test_more_requests_than_threads(probe: Server) -> None:
     for each in clients:
         each.start()
     for each in clients:
-        each.join(20)
+        each.join(DEADLINE)
     assert len(answers) == 12
     assert max(map(int, map(str, answers))) == 4
 

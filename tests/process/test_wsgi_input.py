@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 import pytest
 
 from tests.process.test_wsgi_conformance import PAIRS, ask, no_complaint, standstill, target
-from tests.support import RawClient, Server, refused, request_bytes, wait_for
+from tests.support import DEADLINE, RawClient, Server, refused, request_bytes, wait_for
 
 LINES = b"one\r\ntwo\n\n" + b"x" * 100 + b"\nlast without an end"
 _numbers = count(1)
@@ -27,11 +27,23 @@ def probe(request: pytest.FixtureRequest) -> Iterator[Server]:
     parser, loop = request.param
     pytest.importorskip(parser)
     pytest.importorskip(loop)
-    options = ("--threads", "4", "--http", parser, "--loop", loop, "--request-body-timeout", "3")
+    options = ("--threads", "4", "--http", parser, "--loop", loop)
     with Server("tests.process.wsgi_probe:app", *options) as server:
         yield server
         assert server.stop() == 0
         assert server.log.count(" booting, pid ") == 1
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids="-".join)
+def impatient(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A server whose clients must go on sending: of its own, as nothing else shall depend on how fast a test is."""
+    parser, loop = request.param
+    pytest.importorskip(parser)
+    pytest.importorskip(loop)
+    options = ("--threads", "4", "--http", parser, "--loop", loop, "--request-body-timeout", "1")
+    with Server("tests.process.wsgi_probe:app", *options) as server:
+        yield server
+        assert server.stop() == 0
 
 
 @pytest.fixture
@@ -164,7 +176,7 @@ def test_body_is_not_read_ahead(probe: Server, key: str) -> None:
         stuck = standstill(push)
         assert stuck < size // 2
         ask(probe, "/open", key=key)
-        client.sock.settimeout(20)
+        client.sock.settimeout(DEADLINE)
         client.send(bytes(size - sent))
         assert json.loads(client.read_response().body)[0] == size
 
@@ -256,15 +268,15 @@ def test_client_leaves_a_small_upload(probe: Server, key: str, framing: str) -> 
 
 
 @pytest.mark.parametrize("size", [6, 200_000], ids=["small", "streamed"])
-def test_upload_that_stalls(probe: Server, key: str, size: int) -> None:
+def test_upload_that_stalls(impatient: Server, key: str, size: int) -> None:
     """G5: 408 after request_body_timeout, and the thread is free again."""
-    mark = probe.mark()
-    with RawClient(probe.port) as client:
+    mark = impatient.mark()
+    with RawClient(impatient.port) as client:
         client.send(head("length", target("/input", steps="read", key=key), size) + bytes(size // 2))
         assert client.read_response().status == 408
     if size > 6:
-        probe.wait_line(f"probe {key} read raised ClientDisconnected, an OSError", after=mark)
-    assert no_complaint(probe, mark)
+        impatient.wait_line(f"probe {key} read raised ClientDisconnected, an OSError", after=mark)
+    assert no_complaint(impatient, mark)
 
 
 def test_bad_chunk_in_a_streamed_upload(probe: Server, key: str) -> None:
@@ -306,7 +318,7 @@ def test_expect_is_answered_at_the_first_read(probe: Server, client: RawClient, 
     client.sock.settimeout(0.3)
     with pytest.raises(TimeoutError):
         client.sock.recv(1)
-    client.sock.settimeout(20)
+    client.sock.settimeout(DEADLINE)
     ask(probe, "/open", key=key)
     assert client.sock.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
     client.send(b"".join(framed(framing, [b"hello"])))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from tests.process import probe
-from tests.rawhttp import Address, RawClient, Response, request_bytes
+from tests.rawhttp import DEADLINE, Address, RawClient, Response, request_bytes
 
 CONTINUED, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 MASK = b"\x9a\x03\xc5\x7e"
@@ -278,7 +278,7 @@ class WsClient(RawClient):
         except BlockingIOError:
             return True
         finally:
-            self.sock.settimeout(20.0)
+            self.sock.settimeout(DEADLINE)
 
     def _exactly(self, size: int) -> bytes:
         return b"".join(self._counted(size))

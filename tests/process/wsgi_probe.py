@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from urllib.parse import parse_qsl
 
+from tests.rawhttp import DEADLINE
+
 Environ = dict[str, Any]
 StartResponse = Callable[..., Callable[[bytes], None]]
 
@@ -215,7 +217,7 @@ def write(environ: Environ, start_response: StartResponse, query: dict[str, str]
     put = start_response("200 OK", TEXT)
     put(b"")
     put(b"written ")
-    gates[query["key"]].wait(20)
+    gates[query["key"]].wait(DEADLINE)
     put(b"twice ")
     return [b"returned"] if query["kind"] == "list" else Counted(query["key"], [b"re", b"turned"])
 
@@ -288,7 +290,7 @@ def gated(environ: Environ, start_response: StartResponse, query: dict[str, str]
             say(query["key"], "gave an empty block")
         else:
             yield b"before "
-        gates[query["key"]].wait(20)
+        gates[query["key"]].wait(DEADLINE)
         yield b"after"
 
     start_response("200 OK", TEXT)
@@ -328,7 +330,7 @@ def read_input(environ: Environ, start_response: StartResponse, query: dict[str,
     body, key = environ["wsgi.input"], query["key"]
     say(key, "called")
     if query.get("gate"):
-        gates[key].wait(20)
+        gates[key].wait(DEADLINE)
     results: list[Any] = []
     try:
         for step in query["steps"].split():
@@ -365,7 +367,7 @@ def digest(environ: Environ, start_response: StartResponse, query: dict[str, str
         total.update(piece)
         size += len(piece)
         if key is not None:
-            gates[key].wait(20)
+            gates[key].wait(DEADLINE)
     return answer(start_response, [size, total.hexdigest()])
 
 
