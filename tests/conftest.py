@@ -2,33 +2,52 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 
 from tests.support import Server
 
-# Slow tests whose combinations differ little: of these every n-th runs, chosen so that each value of each parameter
-# still has its turn. All of them run with --thorough.
-THINNED = {
-    "test_deploys.py::test_a_deploy_that_fails_is_given_up_and_nobody_notices": 3,
-    "test_deploys.py::test_a_switched_link_leads_to_the_new_release": 3,
-    "test_deploys.py::test_an_edit_that_python_cannot_see_is_run": 3,
-    "test_reload.py::test_a_broken_deploy_keeps_the_old_code_serving": 3,
-    "test_handover.py::test_two_hundred_silent_connections_survive_three_reloads": 3,
+# Tests whose combinations differ little, by name, or all those of a file: a part of them runs, all with --thorough.
+# Names of parameters: each value of each of them has its turn, but not with each value of the others. A number n: every
+# n-th, for parameters whose values belong together.
+THINNED: dict[str, int | tuple[str, ...]] = {
+    # What parses and what waits for sockets know nothing of each other.
+    "test_asgi_conformance.py": ("http_parser", "loop_name"),
+    "test_asgi_receive.py": ("http_parser", "loop_name"),
+    "test_http_conformance.py": ("http_parser", "loop_name"),
+    "test_http_connection.py": ("http_parser", "loop_name"),
+    "test_examples.py": ("site", "http_parser"),
+    # What the arbiter does with workers does not depend on what they serve.
+    "test_arbiter.py::test_a_graceful_stop_finishes_requests_in_progress": ("interface", "number"),
+    "test_arbiter.py::test_a_stop_at_once": ("interface", "numbers"),
+    "test_arbiter.py::test_a_stop_of_the_whole_group_is_graceful": ("interface", "number"),
+    "test_bad_start.py::test_application_that_is_not_there": 3,
+    "test_canary.py::test_a_worker_of_some_age_is_replaced": ("interface", "workers"),
+    "test_canary.py::test_good_code_passes": ("interface", "workers"),
+    "test_deploys.py::test_a_deploy_that_fails_is_given_up_and_nobody_notices": ("interface", "preload", "group"),
+    "test_deploys.py::test_a_switched_link_leads_to_the_new_release": ("how", "preload"),
+    "test_deploys.py::test_an_edit_that_python_cannot_see_is_run": ("times", "preload"),
     "test_handover.py::test_a_connection_that_is_silent_over_a_reload_is_answered": 3,
     "test_handover.py::test_a_request_in_progress_ends_where_it_is_and_then_its_connection_moves": 3,
-    "test_handover.py::test_what_a_successor_does_not_live_to_take_is_served_on": 3,
-    "test_handover.py::test_a_storm_of_reloads_ends_no_connection": 3,
-    "test_handover.py::test_a_stream_that_outlives_three_generations_ends_at_the_newest": 3,
     "test_handover.py::test_a_slow_upload_and_a_long_stream_go_on_over_a_reload": 3,
-    "test_upgrade.py::test_an_upgrade_loses_no_request_and_no_connection": 3,
-    "test_canary.py::test_a_worker_of_some_age_is_replaced": 3,
-    "test_canary.py::test_good_code_passes": 3,
-    "test_bad_start.py::test_application_that_is_not_there": 3,
-    "test_preload.py::test_a_first_start_that_fails_ends_with_the_reason": 3,
+    "test_handover.py::test_a_storm_of_reloads_ends_no_connection": ("flavour", "workers"),
+    "test_handover.py::test_a_stream_that_outlives_three_generations_ends_at_the_newest": ("flavour", "ready"),
+    "test_handover.py::test_two_hundred_silent_connections_survive_three_reloads": 3,
+    "test_handover.py::test_what_a_successor_does_not_live_to_take_is_served_on": ("flavour", "name"),
     "test_lifespan.py::test_auto_serves_without": 3,
+    "test_limits.py::test_clients_that_vanish_leave_nothing_behind": ("interface", "loop"),
+    "test_preload.py::test_a_first_start_that_fails_ends_with_the_reason": 3,
+    "test_preload.py::test_what_is_imported_is_frozen": ("interface", "preload"),
+    "test_reload.py::test_a_broken_deploy_keeps_the_old_code_serving": 3,
+    "test_reload.py::test_a_reload_picks_up_new_code": ("interface", "number"),
+    "test_reload.py::test_workers_are_replaced_one_by_one_behind_ready_ones": ("interface", "workers"),
+    "test_upgrade.py::test_an_upgrade_loses_no_request_and_no_connection": ("interface", "preload"),
+    "test_websocket_reload.py::test_a_frame_that_is_half_received_goes_on": ("flavour", "cut"),
+    "test_websocket_reload.py::test_a_socket_goes_on_with_the_next_worker": ("flavour", "kind"),
+    "test_worker.py::test_a_blocked_event_loop_is_killed_with_its_stacks_and_requests": ("flavour", "target"),
+    "test_worker.py::test_a_crash_leaves_its_stacks_in_the_log": ("interface", "number"),
+    "test_worker.py::test_max_requests_recycles_without_a_lost_request": ("interface", "workers"),
 }
 
 
@@ -36,16 +55,39 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--thorough", action="store_true", help="run every combination of the slow tests, too")
 
 
+def _values(item: pytest.Item, names: Iterable[str]) -> dict[str, object]:
+    """The values of these parameters, as far as it has them; those of its fixtures are among them."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return {name: params[name] for name in names if name in params}
+
+
+def _have_their_turn(items: list[pytest.Item], rule: int | tuple[str, ...]) -> list[pytest.Item]:
+    """Those that run, of the tests of one name."""
+    if isinstance(rule, int):
+        return items[::rule]
+    each: dict[str, list[object]] = {name: [] for name in rule}
+    for item in items:
+        for name, value in _values(item, rule).items():
+            if value not in each[name]:
+                each[name].append(value)
+    rounds = [
+        {name: values[number % len(values)] for name, values in each.items() if values}
+        for number in range(max(map(len, each.values())))
+    ]
+    return [item for item in items if _values(item, rule) in (rounds or [{}])]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--thorough"):
         return
-    seen: Counter[str] = Counter()
-    left_out: list[pytest.Item] = []
+    groups: dict[str, list[pytest.Item]] = {}
     for item in items:
-        name = f"{item.path.name}::{item.name.partition('[')[0]}"
-        if seen[name] % THINNED.get(name, 1):
-            left_out.append(item)
-        seen[name] += 1
+        groups.setdefault(f"{item.path.name}::{item.name.partition('[')[0]}", []).append(item)
+    left_out: list[pytest.Item] = []
+    for name, group in groups.items():
+        if (rule := THINNED.get(name, THINNED.get(name.partition("::")[0]))) is not None:
+            chosen = set(_have_their_turn(group, rule))
+            left_out += [item for item in group if item not in chosen]
     config.hook.pytest_deselected(items=left_out)
     dropped = set(left_out)
     items[:] = [item for item in items if item not in dropped]

@@ -310,7 +310,8 @@ class WebSocket:
         self.messages.extendleft(reversed(socket.messages))
         self.waiting = sum(len(message) + MESSAGE_COST for message in self.messages)
         self._ping = socket.ping
-        self._arm(min(left, self.options.ping_interval or left))  # the settings may be new ones
+        most = self.options.ping_timeout if self._ping else self.options.ping_interval
+        self._arm(min(left, most or left))  # the settings may be new ones
         self._take_later(data)
         if self.messages:
             self.handler.body_arrived()
