@@ -5,6 +5,7 @@ import gc
 from collections.abc import Callable, Iterable, Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support import Server
 
@@ -52,7 +53,18 @@ THINNED: dict[str, int | tuple[str, ...]] = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--thorough", action="store_true", help="run every combination of the slow tests, too")
+    parser.addoption(
+        "--thorough", action="store_true", help="run every combination of the slow tests, too, and many more examples"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # An example may take as long as it likes: a time limit for each would test the machine. They are the same each
+    # time, so that a run fails for what was changed and for nothing else; with --thorough there are others.
+    slow = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+    settings.register_profile("quick", max_examples=60, derandomize=True, **slow)  # type: ignore[arg-type]
+    settings.register_profile("thorough", max_examples=500, **slow)  # type: ignore[arg-type]
+    settings.load_profile("thorough" if config.getoption("--thorough") else "quick")
 
 
 def _values(item: pytest.Item, names: Iterable[str]) -> dict[str, object]:

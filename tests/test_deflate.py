@@ -486,7 +486,7 @@ def test_a_turn_inflates_no_more_than_it_may() -> None:
 
 
 @given(st.data(), st.sampled_from([9, 12, 15]), st.booleans())
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_legal_streams_in_any_pieces(data: st.DataObject, bits: int, keep: bool) -> None:
     """W6 W7 W14"""
     wire, said = data.draw(streams(Client(bits, keep).pack))
@@ -495,7 +495,7 @@ def test_legal_streams_in_any_pieces(data: st.DataObject, bits: int, keep: bool)
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_a_socket_moves_at_any_boundary(data: st.DataObject) -> None:
     """W14 W16: without the client's window, `buffer` is all that another reader needs."""
     wire, said = data.draw(streams(Client(12, keep=False).pack))
@@ -543,7 +543,7 @@ class Slow:
 
 
 @given(st.data(), st.booleans(), st.sampled_from([60, LIMIT]))
-@settings(deadline=None, max_examples=70)
+@settings(max_examples=70)
 def test_damaged_streams(data: st.DataObject, keep: bool, limit: int) -> None:
     """W13 W14: the same messages, and the same failure, as a slow reader has."""
     wire = data.draw(damaged(data.draw(streams(Client(15, keep).pack))[0]))

@@ -431,7 +431,7 @@ def streams(draw: st.DrawFn, pack: Callable[[bytes], bytes] | None = None) -> tu
 
 
 @given(streams(), st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_legal_streams_in_any_pieces(stream: tuple[bytes, list[Seen]], data: st.DataObject) -> None:
     """W6 W7 W8"""
     wire, said = stream
@@ -459,7 +459,7 @@ def moved(wire: bytes, pieces: Iterable[bytes], make: Callable[[], Reader]) -> t
 
 
 @given(streams(), st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_socket_moves_at_any_boundary(stream: tuple[bytes, list[Seen]], data: st.DataObject) -> None:
     """W16: `buffer` is all that another reader needs, also in the middle of a frame."""
     wire, said = stream
@@ -586,7 +586,7 @@ def damaged(draw: st.DrawFn, wire: bytes) -> bytes:
 
 
 @given(streams(), st.sampled_from([50, 150, LIMIT]), st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_damaged_streams(stream: tuple[bytes, list[Seen]], limit: int, data: st.DataObject) -> None:
     """W6 W8 W13: the same messages, and the same failure."""
     wire = data.draw(damaged(stream[0]))
@@ -596,7 +596,7 @@ def test_damaged_streams(stream: tuple[bytes, list[Seen]], limit: int, data: st.
 
 
 @given(st.lists(st.tuples(st.integers(0, 255), st.integers(0, 255), st.binary(max_size=12)), max_size=5))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_any_bytes(frames: list[tuple[int, int, bytes]]) -> None:
     """W13: no exception, and the same in any pieces."""
     wire = b"".join(bytes((first, second)) + rest for first, second, rest in frames)

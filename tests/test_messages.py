@@ -50,7 +50,6 @@ def test_a_message_is_one_line(message: Message) -> None:
     assert Decoder().feed(line, []) == [(message, [])]
 
 
-@settings(deadline=None)
 @given(st.lists(messages, max_size=6), st.lists(st.integers(0, 10**6), max_size=12))
 def test_any_split_gives_the_same_messages(sent: list[Message], cuts: list[int]) -> None:
     decoder = Decoder()
@@ -58,7 +57,6 @@ def test_any_split_gives_the_same_messages(sent: list[Message], cuts: list[int])
     assert got == [(message, []) for message in sent]
 
 
-@settings(deadline=None)
 @given(st.lists(messages, max_size=3))
 def test_byte_by_byte(sent: list[Message]) -> None:
     decoder = Decoder()
@@ -73,7 +71,6 @@ def test_a_message_is_given_out_as_soon_as_its_line_ends() -> None:
     assert decoder.feed(b'\n{"t":', []) == [({"t": "beat"}, [])]
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 3), max_size=8), st.lists(st.integers(0, 10**6), max_size=8))
 def test_descriptors_are_claimed_in_order(counts: list[int], cuts: list[int]) -> None:
     """They come with the first byte of their line, whatever the split, and are given out with its last."""

@@ -326,7 +326,7 @@ PROXIES = st.lists(st.sampled_from(["10.0.0.2", "10.9.9.9", "192.0.2.7", "2001:d
 LIES = st.text(st.characters(min_codepoint=0x20, max_codepoint=0xFF, exclude_characters="\x7f"), max_size=60)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(LIES, ADDRESSES, PROXIES)
 @example("10.0.0.1", "203.0.113.9", ["10.0.0.2"])
 def test_whatever_a_client_sends_it_is_itself(lie: str, address: str, proxies: list[str]) -> None:
@@ -338,7 +338,7 @@ def test_whatever_a_client_sends_it_is_itself(lie: str, address: str, proxies: l
     assert not TrustList(TRUSTED).trusts_peer(honest[0])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(LIES, ADDRESSES)
 def test_whatever_a_client_sends_it_is_itself_or_refused(lie: str, address: str) -> None:
     """`Forwarded` is read from the left, so a client can make its own request malformed, and nothing else."""
@@ -355,7 +355,7 @@ TOKENS = st.text("abcdefgh0123_-!#$", min_size=1, max_size=8)
 QUOTABLE = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=12)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.dictionaries(TOKENS.map(str.lower), TOKENS | QUOTABLE, max_size=4), min_size=1, max_size=5))
 def test_forwarded_is_read_as_it_was_written(elements: list[dict[str, str]]) -> None:
     def quoted(value: str) -> str:
@@ -368,7 +368,7 @@ def test_forwarded_is_read_as_it_was_written(elements: list[dict[str, str]]) -> 
     ]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.binary(max_size=80))
 def test_no_bytes_surprise_the_reader(value: bytes) -> None:
     for family, name in (("x-forwarded", b"x-forwarded-for"), ("forwarded", b"forwarded")):

@@ -142,7 +142,7 @@ ENDS = st.tuples(HOSTS4, HOSTS4) | st.tuples(HOSTS6, HOSTS6)
 EXTRAS = st.lists(st.tuples(st.integers(4, 0x1F), st.binary(max_size=40)), max_size=3)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(ENDS, PORTS, PORTS, EXTRAS, st.binary(max_size=30))
 def test_any_addresses_in_both_versions(
     hosts: tuple[str, str], source: int, target: int, extras: list[tuple[int, bytes]], rest: bytes
@@ -157,7 +157,7 @@ def test_any_addresses_in_both_versions(
     assert take_header(data + rest) == (len(data), expected)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.binary(max_size=60) | st.binary(max_size=60).map(lambda rest: SIGNATURE + rest) | st.binary().map(LINE.__add__)
 )

@@ -14,7 +14,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from apphost.errors import ExitCode
-from tests.load import INTERFACES, Load, ask, check, deploy, serving
+from tests.load import INTERFACES, Load, ask, check, deploy, serving, site
 from tests.process.browser import browser
 from tests.support import Address, RawClient, Response, Server, alive, descendants, linux, wait_for, write_app
 
@@ -276,8 +276,11 @@ def test_the_dashboard_in_a_browser(tmp_path: Path) -> None:
                 "for (const each of document.querySelectorAll('.state')) seen.add(each.innerText); "
                 "headlines.add(document.getElementById('what').innerText.replace(/[0-9]/g, 'N')) }, 50); 1"
             )
-            slow = "\nimport time\ntime.sleep(1.5)\n"  # so that a page that looks once a second sees it boot
-            deploy(server, "asgi", "two", slow)
+            boots = "\nimport os, time\nwhile not os.path.exists('boot'): time.sleep(0.01)\n"
+            write_app(tmp_path, "app", site("asgi", "two", boots))
+            server.signal(signal.SIGUSR1)
+            page.wait_for("seen.has('booting') && headlines.has('Reload to generation N: N of N workers replaced')")
+            Path(tmp_path, "boot").touch()
             page.wait_for("document.getElementById('what').innerText === 'Generation 2 serves, 2 workers, all is well'")
             page.wait_for("Number(document.getElementById('moved').innerText) > 0")
         seen = set(page.run("[...window.seen]"))

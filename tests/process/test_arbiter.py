@@ -246,12 +246,12 @@ def test_a_crash_loop_backs_off_and_heals(tmp_path: Path, when: str) -> None:
     crash = tmp_path / "crash"
     booting = "\nif os.path.exists('crash'): os._exit(9)\n"
     with serving(tmp_path, "asgi", extra=CRASHING if when == "after-ready" else booting) as server:
-        crash.touch()
-        if when == "while-booting":
-            os.kill(server.worker_pids()[0], signal.SIGKILL)
         mark = server.mark()
         busy = cpu_seconds(server.pid)
         started = time.monotonic()
+        crash.touch()
+        if when == "while-booting":
+            os.kill(server.worker_pids()[0], signal.SIGKILL)
         server.wait_line("worker 6 gen 1 booting", after=mark)
         # 0.1 + 0.2 + 0.4 + 0.8 + 1.6 s
         assert time.monotonic() - started > 2.9
@@ -351,8 +351,8 @@ def test_without_the_arbiter_silent_connections_are_closed_politely(tmp_path: Pa
         with RawClient(server.port) as used, RawClient(server.port) as unused, RawClient(server.port) as half:
             check(used.request("GET", "/"))
             half.send(b"GET / HT")
-            server.signal(signal.SIGKILL)
             started = time.monotonic()
+            server.signal(signal.SIGKILL)
             assert used.eof()
             assert unused.eof()
             assert time.monotonic() - started > 0.5

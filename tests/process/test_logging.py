@@ -399,7 +399,7 @@ def test_queue_time(tmp_path: Path) -> None:
             slow.send(request_bytes("GET", "/slow"))
             server.wait_line("slow has begun")
             waiting.send(request_bytes("GET", "/waiting"))
-            threading.Event().wait(0.3)  # the time that is to be measured
+            threading.Event().wait(1)  # the time that is to be measured, and some for the request to be read
             (tmp_path / "go-on").touch()
             assert slow.read_response().status == waiting.read_response().status == 200
         raw(server.port, b"nonsense\r\n\r\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ import pytest
 
 from tests.load import Load, ask, serving, site
 from tests.rawhttp import RawClient
-from tests.support import Server, linux, wait_for, write_app
+from tests.support import DEADLINE, Server, linux, wait_for, write_app
 
 pytestmark = linux
 
@@ -43,6 +44,7 @@ class Manager:
         self.path = path
         self.said: list[str] = []
         self.pids: set[int] = set()
+        self._marks = itertools.count()
         self._news = threading.Condition()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -58,7 +60,7 @@ class Manager:
     ) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as own:
             own.sendto(b"", str(self.path))
-        self._thread.join(5)
+        self._thread.join(DEADLINE)
         self._socket.close()
 
     def _read(self) -> None:
@@ -71,7 +73,7 @@ class Manager:
                 self.pids |= {struct.unpack("iii", payload)[0] for _, _, payload in ancillary}
                 self._news.notify_all()
 
-    def wait(self, pattern: str, after: int = 0, timeout: float = 20.0) -> int:
+    def wait(self, pattern: str, after: int = 0, timeout: float = DEADLINE) -> int:
         """The place behind the first datagram from `after` on in which `pattern` is found."""
         deadline = time.monotonic() + timeout
         at = after
@@ -84,6 +86,13 @@ class Manager:
                 left = deadline - time.monotonic()
                 assert left > 0, f"nothing matches {pattern!r} after {after} in {self.said}"
                 self._news.wait(left)
+
+    def mark(self) -> int:
+        """A place behind all that was sent to it before this call."""
+        text = f"mark {next(self._marks)}"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as own:
+            own.sendto(text.encode(), str(self.path))
+        return self.wait(f"^{text}$")
 
     def told(self, after: int = 0) -> list[str]:
         """The states that it was told, without status lines and beats."""
@@ -153,14 +162,14 @@ def test_the_watchdog_watches_the_arbiter(tmp_path: Path, manager: Manager) -> N
     with serving(tmp_path, "asgi", env=env) as server:
         at = 0
         for _ in range(5):
-            at = manager.wait("^WATCHDOG=1$", at, timeout=5)
+            at = manager.wait("^WATCHDOG=1$", at)
         server.signal(signal.SIGSTOP)
         wait_for(lambda: Path(f"/proc/{server.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
-        quiet = len(manager.said)
+        quiet = manager.mark()
         with pytest.raises(AssertionError, match="nothing matches"):
             manager.wait("^WATCHDOG=1$", quiet, timeout=0.6)
         server.signal(signal.SIGCONT)
-        manager.wait("^WATCHDOG=1$", quiet, timeout=5)
+        manager.wait("^WATCHDOG=1$", quiet)
         assert server.stop() == 0
 
 

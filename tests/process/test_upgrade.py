@@ -196,9 +196,9 @@ def test_with_a_worker_that_hangs_at_boot(tmp_path: Path) -> None:
         write_app(tmp_path, "app", "import time\nprint('imported')\ntime.sleep(600)\n")
         server.reload(wait=False)
         server.wait_line("^imported")
+        write_app(tmp_path, "app", site("asgi", "two"))
         server.signal(signal.SIGUSR2)
         server.wait_line("upgraded: ")
-        write_app(tmp_path, "app", site("asgi", "two"))
         server.wait_line("generation 3 is serving")
         assert ask(server.port).version == "two"
         server.wait_line("worker 2 gen 2 could not boot: it was not ready within boot_timeout, 4 s")
