@@ -20,7 +20,7 @@ from apphost.arbiter.control import CLIENTS_MAX, WAITING_MAX
 from apphost.endpoint import LINE_MAX, find_abstract
 from tests.load import serving
 from tests.operating import Control, address, as_nobody, command, is_root, operate, status
-from tests.support import Server, linux, pid_namespace, write_app
+from tests.support import DEADLINE, Server, linux, pid_namespace, write_app
 
 pytestmark = linux
 only_root = pytest.mark.skipif(not is_root(), reason="only root can become another user")
@@ -121,9 +121,9 @@ def test_a_client_that_does_not_read_is_dropped_and_holds_up_nobody(server: Serv
         begun = time.monotonic()
         deaf.sock.settimeout(0.5)
         with contextlib.suppress(OSError):  # reset, or a full pipe that nobody empties
-            while time.monotonic() < begun + 20:
+            while time.monotonic() < begun + DEADLINE:
                 deaf.send(b'{"do": "status"}\n')
-        assert time.monotonic() < begun + 20
+        assert time.monotonic() < begun + DEADLINE
         assert status(server)["ok"]
     assert "internal error" not in server.log
 

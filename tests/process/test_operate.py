@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -340,7 +339,7 @@ def test_the_code_of_workers_tells_deploys_apart(tmp_path: Path) -> None:
 
 def test_stop_waits_until_the_server_has_gone(tmp_path: Path) -> None:
     with (
-        serving(tmp_path, "asgi", "--pidfile", "pid") as server,
+        serving(tmp_path, "asgi", "--pidfile", "pid", "--stop-timeout", "600") as server,
         in_progress(server, "/wait/go") as client,
     ):
         server.wait_line("/wait/go in progress")
@@ -348,16 +347,18 @@ def test_stop_waits_until_the_server_has_gone(tmp_path: Path) -> None:
         server.wait_line("worker 1 gen 1 draining: stop")
         assert status(server)["state"] == "stopping"
         assert "the arbiter refused: it stops" in operate(server, "reload", "--wait").stderr
-        again = begin("stop", "--pid", str(server.pid))
-        time.sleep(0.1)
-        assert server.process is not None
-        assert server.process.poll() is None, "a second one only waits, too"
-        (tmp_path / "go").touch()
-        assert client.read_response().status == 200
-        for each in (stopping, again):
-            out, err = each.communicate(timeout=DEADLINE)
-            assert each.returncode == 0, out + err
-            assert out.endswith("stopped\n")
+        with Control(server) as again:
+            again.send({"do": "stop"})
+            assert status(server)["state"] == "stopping"
+            assert server.process is not None
+            assert server.process.poll() is None, "a second one only waits, too"
+            (tmp_path / "go").touch()
+            assert client.read_response().status == 200
+            assert again.lines()[-1]["outcome"] == "stopped"
+        out, err = stopping.communicate(timeout=DEADLINE)
+        assert stopping.returncode == 0, out + err
+        assert out.endswith("stopped\n")
+        wait_for(lambda: server.process is not None and server.process.poll() is not None)
         assert server.process.poll() == 0
         assert server.wait_exit() == 0
 

@@ -632,8 +632,9 @@ def test_renewal_without_reload(tmp_path: Path) -> None:
         assert sum("keeps the certificates" in line for line in server.lines()) == 1
 
         # A worker that is forked later has the files as they are then.
+        mark = server.mark()
         pki.issue("local", "127.0.0.1")
-        server.wait_line("worker 1 gen 1 has taken the changed certificates", after=server.mark() - 1)
+        server.wait_line("worker 1 gen 1 has taken the changed certificates", after=mark)
         mark = server.mark()
         os.kill(server.worker_pids()[0], signal.SIGKILL)
         server.wait_line("worker 2 gen 1 has taken the changed certificates", after=mark)
