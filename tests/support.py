@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -39,6 +40,7 @@ __all__ = [
     "connect",
     "descendants",
     "linux",
+    "moment",
     "own_tracebacks",
     "pid_namespace",
     "processes",
@@ -191,6 +193,11 @@ def _is_machinery(path: Path) -> bool:
         if root in path.parts:
             return path.parts[path.parts.index(root) + 1].removesuffix(".py") in OWN_LIBRARIES
     return path.resolve().is_relative_to(STDLIB)
+
+
+def moment(line: str) -> float:
+    """The time of a line of the log, in seconds: what the server did when, however late a test looks."""
+    return datetime.fromisoformat(" ".join(line.split()[:2])).timestamp()
 
 
 class Server:

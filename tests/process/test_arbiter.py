@@ -85,7 +85,11 @@ def test_the_log_of_a_life_reads_as_a_transcript(tmp_path: Path, interface: str)
 @each_interface
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_graceful_stop_finishes_requests_in_progress(tmp_path: Path, interface: str, number: signal.Signals) -> None:
-    with serving(tmp_path, interface) as server, RawClient(server.port) as client, RawClient(server.port) as idle:
+    with (
+        serving(tmp_path, interface, "--stop-timeout", "60") as server,
+        RawClient(server.port) as client,
+        RawClient(server.port) as idle,
+    ):
         check(idle.request("GET", "/"))
         client.send(request_bytes("POST", "/wait/go", body=b"long"))
         server.wait_line("/wait/go in progress")
@@ -177,7 +181,8 @@ def test_a_stop_of_the_whole_group_serves_the_backlog(tmp_path: Path) -> None:
 @each_interface
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_stop_of_the_whole_group_is_graceful(tmp_path: Path, interface: str, number: signal.Signals) -> None:
-    with serving(tmp_path, interface, "--workers", "2") as server, RawClient(server.port) as client:
+    args = ("--workers", "2", "--stop-timeout", "60")
+    with serving(tmp_path, interface, *args) as server, RawClient(server.port) as client:
         client.send(request_bytes("POST", "/wait/go", body=b"long"))
         server.wait_line("/wait/go in progress")
         os.killpg(server.pid, number)

@@ -6,14 +6,13 @@ import contextlib
 import re
 import signal
 import time
-from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from tests.load import INTERFACES, Load, ask, check, serving, site
 from tests.operating import status
-from tests.support import RawClient, Response, Server, alive, connect, request_bytes, wait_for, write_app
+from tests.support import RawClient, Response, Server, alive, connect, moment, request_bytes, wait_for, write_app
 
 each_interface = pytest.mark.parametrize("interface", INTERFACES)
 
@@ -41,11 +40,6 @@ def on_probation(server: Server, source: str) -> int:
     server.signal(signal.SIGUSR1)
     server.wait_line(r"info generation \d+ is on probation for \S+ s with worker \d+", after=mark)
     return mark
-
-
-def moment(line: str) -> float:
-    """The time of a line of the log, in seconds."""
-    return datetime.fromisoformat(" ".join(line.split()[:2])).timestamp()
 
 
 def version(response: Response) -> str:

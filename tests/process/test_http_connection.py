@@ -61,7 +61,7 @@ def test_s12_the_application_may_end_the_connection(probe: Probe, value: bytes) 
 
 def test_s12_a_stopping_worker_announces_the_end(http_parser: str, serve: Callable[..., Server]) -> None:
     """S12: the request in progress is answered in full."""
-    probe = Probe(serve(PROBE, "--http", http_parser))
+    probe = Probe(serve(PROBE, "--http", http_parser, "--stop-timeout", "60"))
     with probe.client() as idle, probe.client() as client:
         idle.request("GET", "/")
         it = script(("receive",), ("body",), *ANSWER)
@@ -79,7 +79,7 @@ def test_s12_no_connection_ends_without_a_word_when_workers_are_replaced(
     http_parser: str, serve: Callable[..., Server]
 ) -> None:
     """S12: whether it goes on elsewhere, or is closed."""
-    probe = Probe(serve(PROBE, "--http", http_parser, "--max-requests", "100", "--graceful-timeout", "5s"))
+    probe = Probe(serve(PROBE, "--http", http_parser, "--max-requests", "100", "--graceful-timeout", "60s"))
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(probe.client())
         while not any("worker 1 gen 1 gone" in line for line in probe.server.lines()):
