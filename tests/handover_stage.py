@@ -33,7 +33,7 @@ from apphost.worker.loading import choose_parser
 
 T = TypeVar("T")
 
-PATIENCE = 10.0  # s until a wait has failed
+PATIENCE = 60.0  # s until a wait has failed
 
 
 def request(target: str = "/", body: bytes = b"") -> bytes:

@@ -116,7 +116,7 @@ class Call:
         self.request = interface.handle(self.stream)
 
     async def end(self) -> None:
-        await asyncio.wait([self.request.task], timeout=5)
+        await asyncio.wait([self.request.task], timeout=DEADLINE)
         assert self.request.task.done()
         assert self.active == set()
 

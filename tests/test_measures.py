@@ -86,7 +86,7 @@ def test_waits_for_a_thread_are_measured() -> None:
             gate.wait(DEADLINE)
 
         pool.submit(hold)
-        await asyncio.to_thread(first.wait, 10)
+        await asyncio.to_thread(first.wait, DEADLINE)
         done = asyncio.Event()
         pool.submit(lambda: pool.post(done.set))
         await asyncio.sleep(0.03)  # what the second one waits
