@@ -14,7 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
+import h11
 import pytest
+import wsproto
 
 from tests.load import INTERFACES, Load, ask, check, serving, site
 from tests.support import RawClient, Server, wait_for, write_app
@@ -282,7 +285,8 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[st
         venv.create(folder, symlinks=True, with_pip=False)
         packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
         packages = folder / packages.relative_to(folder)
-        (packages / "ours.pth").write_text(sysconfig.get_path("purelib") + "\n")  # what apphost itself needs
+        needed = {Path(module.__file__ or "").parents[1] for module in (click, h11, wsproto)}
+        (packages / "ours.pth").write_text("".join(f"{place}\n" for place in needed))
         return packages
 
     monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "bin" / "python"))
