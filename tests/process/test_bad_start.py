@@ -145,8 +145,8 @@ def test_module_that_dies(fail: Fail, tmp_path: Path, number: int, name: str) ->
 def test_module_that_hangs(fail: Fail, tmp_path: Path) -> None:
     """With the stack of where it hangs."""
     write_app(tmp_path, "broken", "import time\n\ntime.sleep(600)\n")
-    server = fail(ExitCode.APPLICATION, "broken:app", "--boot-timeout", "3")
-    assert "not ready within boot_timeout, 3 s" in server.log
+    server = fail(ExitCode.APPLICATION, "broken:app", "--boot-timeout", "6")
+    assert "not ready within boot_timeout, 6 s" in server.log
     assert re.search(r'File ".*broken\.py", line 3', server.log)
 
 

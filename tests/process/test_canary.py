@@ -278,10 +278,10 @@ def test_a_deploy_that_fails_the_probe_is_given_up(tmp_path: Path, interface: st
 
 def test_a_probe_that_is_never_answered_is_a_boot_that_hangs(tmp_path: Path) -> None:
     write_app(tmp_path, "app", site("asgi"))
-    args = ("--ready-probe", "/wait/never", "--boot-timeout", "1.5")
+    args = ("--ready-probe", "/wait/never", "--boot-timeout", "6")
     with Server("app:app", *args, cwd=tmp_path, until=None) as server:
         assert server.wait_exit() == 3
-        assert "it was not ready within boot_timeout, 1.5 s" in server.log
+        assert "it was not ready within boot_timeout, 6 s" in server.log
         assert "in progress: GET /wait/never" in server.log
 
 
