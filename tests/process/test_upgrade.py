@@ -191,8 +191,8 @@ def test_with_a_worker_that_boots(tmp_path: Path, preload: str) -> None:
 
 
 def test_with_a_worker_that_hangs_at_boot(tmp_path: Path) -> None:
-    """Its deadline goes on across the upgrade."""
-    with serving(tmp_path, "asgi", "--boot-timeout", "6") as server:
+    """Its deadline goes on across the upgrade. It is before the new generation would take its place, after 5 s."""
+    with serving(tmp_path, "asgi", "--boot-timeout", "4") as server:
         write_app(tmp_path, "app", "import time\nprint('imported')\ntime.sleep(600)\n")
         server.reload(wait=False)
         server.wait_line("^imported")
@@ -201,7 +201,7 @@ def test_with_a_worker_that_hangs_at_boot(tmp_path: Path) -> None:
         server.wait_line("upgraded: ")
         server.wait_line("generation 3 is serving")
         assert ask(server.port).version == "two"
-        server.wait_line("worker 2 gen 2 could not boot: it was not ready within boot_timeout, 6 s")
+        server.wait_line("worker 2 gen 2 could not boot: it was not ready within boot_timeout, 4 s")
 
 
 def test_a_worker_that_dies_afterwards_is_replaced(tmp_path: Path) -> None:

@@ -161,7 +161,9 @@ async def after(scope, receive, send): say(f"CLOSED AT {time.monotonic()}")
     with serving(tmp_path, extra=extra) as (server, address), opened(address, *["/close"] * 100) as clients:
         deploy(server, "two")
         for client in clients:
-            assert client.part(1012) == (1012, "")
+            assert client.closed() == (1012, "")
+            client.send(close_frame(1012))
+            assert client.eof()
         gone(server, 1)
         times = [float(at) for at in re.findall("CLOSED AT (.*)", server.log)]
         assert len(times) == 100
