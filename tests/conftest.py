@@ -73,7 +73,7 @@ def _values(item: pytest.Item, names: Iterable[str]) -> dict[str, object]:
     return {name: params[name] for name in names if name in params}
 
 
-def _have_their_turn(items: list[pytest.Item], rule: int | tuple[str, ...]) -> list[pytest.Item]:
+def have_their_turn(items: list[pytest.Item], rule: int | tuple[str, ...]) -> list[pytest.Item]:
     """Those that run, of the tests of one name."""
     if isinstance(rule, int):
         return items[::rule]
@@ -98,7 +98,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out: list[pytest.Item] = []
     for name, group in groups.items():
         if (rule := THINNED.get(name, THINNED.get(name.partition("::")[0]))) is not None:
-            chosen = set(_have_their_turn(group, rule))
+            chosen = set(have_their_turn(group, rule))
             left_out += [item for item in group if item not in chosen]
     config.hook.pytest_deselected(items=left_out)
     dropped = set(left_out)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 import apphost
-from tests.conftest import THINNED
+from tests.conftest import THINNED, have_their_turn
 from tests.support import Server, write_app
 
 PACKAGE = Path(apphost.__file__).parent
@@ -232,5 +235,28 @@ def test_no_file_and_no_function_is_too_long(path: Path) -> None:
 @pytest.mark.parametrize("name", sorted(THINNED))
 def test_what_is_thinned_is_there(name: str) -> None:
     file, _, test = name.partition("::")
-    text = (Path(__file__).parent / "process" / file).read_text(encoding="utf-8")
-    assert re.search(rf"^def {test}\(", text, re.MULTILINE)
+    folder = Path(__file__).parent / "process"
+    text, fixtures = ((folder / each).read_text(encoding="utf-8") for each in (file, "conftest.py"))
+    function = re.search(rf"^def ({test or 'test_.*?'})\(", text, re.MULTILINE)
+    assert function
+    rule = THINNED[name]
+    for parameter in rule if isinstance(rule, tuple) else ():
+        assert re.search(rf"\b{parameter}\b", text + fixtures), f"nothing there has a parameter {parameter}"
+
+
+def some(count: int, **values: list[object]) -> list[pytest.Item]:
+    """Items with all combinations of these values, or `count` without parameters."""
+    combinations = [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
+    made = [SimpleNamespace(callspec=SimpleNamespace(params=params)) for params in combinations]
+    return cast("list[pytest.Item]", made if values else [SimpleNamespace() for _ in range(count)])
+
+
+def test_of_what_is_thinned_each_value_has_its_turn() -> None:
+    items = some(0, a=[1, 2], b=["x", "y", "z"], c=[None, [0]])
+    chosen = [item.callspec.params for item in have_their_turn(items, ("a", "b"))]  # type: ignore[attr-defined]
+    assert [(each["a"], each["b"], each["c"]) for each in chosen] == [
+        (1, "x", None), (1, "x", [0]), (1, "z", None), (1, "z", [0]), (2, "y", None), (2, "y", [0]),
+    ]  # fmt: skip
+    assert have_their_turn(items, 5) == [items[0], items[5], items[10]]
+    plain = some(2)
+    assert have_their_turn(plain, ("a", "b")) == plain, "tests of a file that have none of the parameters"
