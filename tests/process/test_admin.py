@@ -283,6 +283,7 @@ def test_the_dashboard_in_a_browser(tmp_path: Path) -> None:
             Path(tmp_path, "boot").touch()
             page.wait_for("document.getElementById('what').innerText === 'Generation 2 serves, 2 workers, all is well'")
             page.wait_for("Number(document.getElementById('moved').innerText) > 0")
+            page.wait_for("seen.has('gone')")
         seen = set(page.run("[...window.seen]"))
         assert {"booting", "ready", "gone"} <= seen <= {"booting", "ready", "draining", "gone"}
         assert "Reload to generation N: N of N workers replaced" in page.run("[...window.headlines]")
