@@ -180,7 +180,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=positive, default=3, help="measured seconds of each run (default 3)")
     parser.add_argument("--warmup", type=positive, default=1, help="seconds of load before that (default 1)")
     parser.add_argument(
-        "--repeats", type=int, default=2, help=f"of a run with more steal than {STOLEN_MAX:.0%} of a core (default 2)"
+        "--repeats", type=int, default=2, help=f"of a run with more steal than {STOLEN_MAX:.0%}% of a core (default 2)"
     )
     parser.add_argument("--server-core", type=int, help="core of the servers (default: the first allowed)")
     parser.add_argument("--client-core", type=int, help="core of the load (default: the next on other hardware)")

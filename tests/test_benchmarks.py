@@ -343,3 +343,10 @@ def test_the_chart_is_well_formed_and_has_a_bar_for_each_number() -> None:
 
 def test_a_chart_of_little() -> None:
     assert "ASGI hello" in chart.draw(of("asgi-hello", ("apphost", 2.0), ("granian", None)))
+
+
+def test_the_help_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        compare.parse_options(["--help"])
+    assert end.value.code == 0
+    assert "--json FILE" in capsys.readouterr().out
