@@ -87,7 +87,8 @@ class AsgiRequest:
         """Call the application and see to it that the response comes to an end, a good one or a visible bad one."""
         interface = self.interface
         try:
-            result = await interface.app(self.scope(), self.receive, self.send)
+            app = interface.app
+            result = await app(self.scope(), self.receive, self.send)
         except asyncio.CancelledError as exc:
             self._fail()
             if self._is_cancelled():
@@ -192,6 +193,15 @@ class AsgiRequest:
         self.interface.log.error(f"{self.interface.worker}: the application {what}, in {self.describe()}", detail)
 
 
+# To copy a dict and replace its values takes half the time of building one.
+_ASGI = {"version": "3.0", "spec_version": SPEC_VERSION}
+_SCOPE: dict[str, Any] = dict.fromkeys(
+    ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers",
+     "client", "server", "extensions")
+)  # fmt: skip
+_SCOPE["type"] = "http"
+
+
 def http_scope(stream: Stream, root_path: str, state: dict[str, Any] | None) -> dict[str, Any]:
     """The scope of one request; nothing in it is shared with another request but the objects inside `state`."""
     head = stream.head
@@ -201,21 +211,19 @@ def http_scope(stream: Stream, root_path: str, state: dict[str, Any] | None) -> 
         path = decode_path(raw_path)
     if root_path and raw_path != b"*":
         path, raw_path = add_root_path(root_path, path, raw_path)
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": SPEC_VERSION},
-        "http_version": head.version,
-        "method": head.method,
-        "scheme": stream.scheme,
-        "path": path,
-        "raw_path": raw_path,
-        "query_string": head.query,
-        "root_path": root_path,
-        "headers": head.headers.copy(),  # other requests may share them
-        "client": stream.client,
-        "server": stream.server,
-        "extensions": stream.extensions(),
-    }
+    scope = _SCOPE.copy()
+    scope["asgi"] = _ASGI.copy()
+    scope["http_version"] = head.version
+    scope["method"] = head.method
+    scope["scheme"] = stream.scheme
+    scope["path"] = path
+    scope["raw_path"] = raw_path
+    scope["query_string"] = head.query
+    scope["root_path"] = root_path
+    scope["headers"] = head.headers.copy()  # other requests may share them
+    scope["client"] = stream.client
+    scope["server"] = stream.server
+    scope["extensions"] = stream.extensions()
     if state is not None:
         scope["state"] = state.copy()
     return scope

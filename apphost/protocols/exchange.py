@@ -216,14 +216,16 @@ class Exchange(Stream):
             self._done()
 
     def _write_whole(self, response: ResponseHead, data: bytes, size: int) -> None:
-        extra = self.context.server_fields.both
         if response.content_length is None:
-            out = b"%bcontent-length: %d\r\n%b\r\n%b" % (response.text, size, extra, data)
+            out = b"%bcontent-length: %d\r\n%b%b" % (response.text, size, self.context.server_fields.end, data)
         else:
-            out = b"%b%b\r\n%b" % (response.text, extra, data)
+            out = response.text + self.context.server_fields.end + data
         self.sent = size
-        self.connection.transport.write(out)
-        self._done()
+        connection = self.connection
+        connection.transport.write(out)
+        self.progress = _DONE
+        self.handler = NOBODY  # as in `_done`
+        connection.response_done(self)
 
     def _done(self) -> None:
         self.progress = _DONE

@@ -43,6 +43,7 @@ _PLAIN, _CONTENT_LENGTH, _CONNECTION, _DATE, _SERVER = (
 )  # fmt: skip
 _NONE, _LENGTH, _CHUNKED, _CLOSE = Framing.NONE, Framing.LENGTH, Framing.CHUNKED, Framing.CLOSE
 
+_WITHOUT_BODY = frozenset((204, 304))  # RFC 9110, 15.3.5 and 15.4.5; so have those below 200
 _SPECIAL = {
     b"content-length": Field.CONTENT_LENGTH,
     b"transfer-encoding": Field.TRANSFER_ENCODING,
@@ -58,6 +59,8 @@ _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]").search
 _KINDS: dict[bytes, Field] = {}
 _LINES: dict[tuple[bytes, bytes], bytes] = {}
 _TABLE_MAX = 1024
+# To read a number out of bytes takes longer than to find it. Of these there are 1,110, with those that begin with 0.
+_SHORT: dict[bytes, int] = {}
 FIELD_MAX = 256  # bytes of a field that is worth keeping: longer ones are cookies and policies
 
 _K = TypeVar("_K")
@@ -98,11 +101,14 @@ class ResponseHead:
 
     def __init__(self, status: int, headers: Iterable[tuple[bytes, bytes]], reason: bytes | None = None) -> None:
         """Raises `TypeError` or `ValueError` for whatever may not stand in a head; nothing was sent then."""
-        lines = [status_line(status) if reason is None else custom_status_line(status, reason)]
+        line = _STATUS_LINES.get(status) if type(status) is int and reason is None else None
+        if line is None:
+            line = status_line(status) if reason is None else custom_status_line(status, reason)
+        lines = [line]
         self.status = status
         self.content_length: int | None = None
         self.close = self.has_date = self.has_server = False
-        self.plain = status >= 200 and status != 204 and status != 304
+        self.plain = status >= 200 and status not in _WITHOUT_BODY
         known = _LINES.get
         for item in headers:
             try:
@@ -136,11 +142,15 @@ class ResponseHead:
         return line
 
     def _take_length(self, name: bytes, value: bytes) -> bytes:
-        if not value.isdigit():
-            value = bytes(value).strip(b" \t")
+        length = _SHORT.get(value) if type(value) is bytes else None
+        if length is None:
             if not value.isdigit():
-                raise ValueError(f"not a Content-Length: {value!r}")
-        length = int(value)
+                value = bytes(value).strip(b" \t")
+                if not value.isdigit():
+                    raise ValueError(f"not a Content-Length: {value!r}")
+            length = int(value)
+            if len(value) < 4:
+                _SHORT[bytes(value)] = length
         if self.content_length is not None:
             if self.content_length != length:
                 raise ValueError("two different values for Content-Length")
@@ -148,7 +158,7 @@ class ResponseHead:
         self.content_length = length
         if self.status < 200 or self.status == 204:  # RFC 9110, 8.6: there it must not be sent
             return b""
-        return b"%b: %b\r\n" % (name, value)
+        return name + b": " + value + b"\r\n"
 
 
 def decide_framing(modern: bool, head: ResponseHead, known_length: int | None) -> Framing:
@@ -207,21 +217,25 @@ def custom_status_line(status: int, reason: bytes) -> bytes:
 class ServerFields:
     """The lines for Date and Server. `refresh` renders them; the worker calls it about twice a second."""
 
-    __slots__ = ("_date", "_second", "_server", "both")
+    __slots__ = ("_date", "_second", "_server", "both", "end")
 
     def __init__(self, *, date: bool, server: bool) -> None:
         self._date = date
         self._server = b"server: apphost\r\n" if server else b""
         self._second = -1
-        self.both = self._server
+        self._set(self._server)
         self.refresh(time.time())
+
+    def _set(self, lines: bytes) -> None:
+        self.both = lines
+        self.end = lines + b"\r\n"  # of a head with both
 
     def refresh(self, now: float) -> None:
         """`now`: seconds since the epoch."""
         second = int(now)
         if second != self._second and self._date:
             self._second = second
-            self.both = b"date: %b\r\n%b" % (formatdate(second, usegmt=True).encode("ascii"), self._server)
+            self._set(b"date: %b\r\n%b" % (formatdate(second, usegmt=True).encode("ascii"), self._server))
 
     def missing(self, head: ResponseHead) -> bytes:
         """The lines of those two that the application has not given itself (RFC 9110, 6.6.1 and 10.2.4)."""
