@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -36,6 +37,16 @@ class MadeLoop:
         soon, self.soon = self.soon, []
         for callback in soon:
             callback()
+
+    def turn_until(self, happened: threading.Semaphore) -> None:
+        """Turns as a loop does, also when it is woken from a thread, until then."""
+        deadline = time.monotonic() + DEADLINE
+        while not happened.acquire(timeout=0.001):
+            assert time.monotonic() < deadline
+            woken, self.woken = self.woken, []
+            for callback in woken:
+                callback()
+            self.turn()
 
 
 def made_pool(threads: int = 1) -> tuple[ThreadPool, Any]:
@@ -126,8 +137,8 @@ def test_busy_counts_what_is_not_finished() -> None:
     for _ in range(3):
         pool.submit(wait)
     loop.turn()
-    assert running.acquire(timeout=DEADLINE)
-    assert running.acquire(timeout=DEADLINE)
+    loop.turn_until(running)
+    loop.turn_until(running)
     assert pool.busy == 3  # two run, one waits for a thread
     gate.set()
     assert running.acquire(timeout=DEADLINE)
@@ -170,7 +181,46 @@ def test_jobs_of_one_turn_run_beside_each_other() -> None:
             pool.submit(meet)
         loop.turn()
         for _ in range(4):
-            assert passed.acquire(timeout=DEADLINE)
+            loop.turn_until(passed)
+    end_threads(pool)
+
+
+def test_jobs_that_wait_for_nothing_need_one_thread_and_one_wake_up() -> None:
+    """To wake the others costs more than such a job: they are woken when the loop finds that there is work left."""
+    pool, loop = made_pool(4)
+    deadline = time.monotonic() + DEADLINE
+    while len(pool._idle) < 4:  # threads that have just begun look for work themselves
+        assert time.monotonic() < deadline
+    seen: list[str] = []
+    done = threading.Event()
+    for _ in range(50):
+        pool.submit(lambda: seen.append(threading.current_thread().name))
+    pool.submit(done.set)
+    loop.turn()
+    assert done.wait(DEADLINE)
+    assert (len(seen), len(set(seen)), len(loop.woken)) == (50, 1, 1)
+    end_threads(pool)
+
+
+def test_the_loop_is_told_of_work_that_is_left() -> None:
+    """By the thread that has taken the first of it, before it knows how long that takes; once, and not for nothing."""
+    pool, loop = made_pool(2)
+    gate, running = threading.Event(), threading.Semaphore(0)
+
+    def wait() -> None:
+        running.release()
+        gate.wait(DEADLINE)
+
+    pool.submit(wait)
+    loop.turn()
+    assert running.acquire(timeout=DEADLINE)
+    assert loop.woken == []
+    gate.set()
+    for _ in range(3):
+        pool.submit(wait)
+    loop.turn()
+    for _ in range(3):
+        loop.turn_until(running)
     end_threads(pool)
 
 

@@ -1,9 +1,10 @@
 """Threads beside the event loop: work goes to them in batches, and results come back in batches.
 
 Both directions cost a system call and, with one interpreter lock for all, a quarrel over who runs. So the loop hands
-out what one of its turns has brought when that turn is over and it lets go of the lock anyway, and a thread wakes the
-loop only when nobody has: under load one wake-up serves many. (Measured on one core, WSGI hello world: a queue that
-wakes a thread for every job costs two context switches a request, the batches a fraction of one.)
+out what one of its turns has brought when that turn is over and it lets go of the lock anyway, and wakes one thread for
+it. That one wakes the loop, as its results will have to: the loop then waits for the interpreter, has it as soon as the
+thread waits for something else, and finds out whether there is work left for a second thread. Work that waits for
+nothing is done by the first thread meanwhile, and its results go back together.
 """
 
 from __future__ import annotations
@@ -17,12 +18,11 @@ Job = Callable[[], None]
 
 
 class _Slot:
-    """The place of one thread. While idle the thread waits for its own lock; who has put a `job` here releases that."""
+    """The place of one thread. While idle the thread waits for its own lock."""
 
-    __slots__ = ("finished", "job", "wake")
+    __slots__ = ("finished", "wake")
 
     def __init__(self) -> None:
-        self.job: Job | None = None
         self.wake = threading.Lock()
         self.wake.acquire()
         self.finished = 0
@@ -40,7 +40,8 @@ class ThreadPool:
         self._jobs: deque[Job] = deque()  # waiting for a thread
         self._idle: list[_Slot] = []  # the last to become idle is the first to get work: its caches are warm
         self._posted: deque[Job] = deque()
-        self._woken = False
+        self._starting = False  # a thread has been woken and is not there yet
+        self._woken = False  # `_drain` is going to run
         self._closed = False
         self._submitted = 0
         self._slots = [_Slot() for _ in range(threads)]
@@ -61,30 +62,33 @@ class ThreadPool:
     def _hand_out(self) -> None:
         fresh, self._fresh = self._fresh, []
         self._jobs.extend(fresh)
-        for _ in range(min(len(fresh), len(self._idle))):
+        self._start_one()
+
+    def _start_one(self) -> None:
+        """Wake a thread if there is work for it, one at a time: who comes sees to the next (`_take`)."""
+        if self._jobs and not self._starting:
             self._wake_one()
 
     def _wake_one(self) -> None:
-        """Give the first waiting job to an idle thread. Either may be gone by the time that it is taken."""
         try:
             slot = self._idle.pop()
         except IndexError:
-            return
-        try:
-            slot.job = self._jobs.popleft()
-        except IndexError:
-            pass  # it looks for itself, and goes back to sleep
+            return  # all are busy, and look for work themselves before they are idle
+        self._starting = True
         slot.wake.release()
 
     def post(self, result: Job) -> None:
         """Run `result` on the event loop, in order of posting. From any thread; never blocks."""
         self._posted.append(result)
         if not self._woken:
-            self._woken = True
-            try:
-                self._loop.call_soon_threadsafe(self._drain)
-            except RuntimeError:
-                pass  # the loop is closed: the worker is ending, nobody waits for the result
+            self._wake_loop()
+
+    def _wake_loop(self) -> None:
+        self._woken = True
+        try:
+            self._loop.call_soon_threadsafe(self._drain)
+        except RuntimeError:
+            pass  # the loop is closed: the worker is ending, nobody waits for the result
 
     @property
     def busy(self) -> int:
@@ -99,29 +103,34 @@ class ThreadPool:
             self._wake_one()
 
     def _run(self, slot: _Slot) -> None:
-        while (job := self._next(slot)) is not None:
+        while (job := self._take() or self._wait(slot)) is not None:
             job()
             slot.finished += 1
             del job  # or the last request of an idle thread would stay in memory
 
-    def _next(self, slot: _Slot) -> Job | None:
-        """The next job, waiting for one; None at the end."""
-        while True:
-            try:
-                return self._jobs.popleft()
-            except IndexError:
-                pass
-            if self._closed:
-                return None
+    def _take(self) -> Job | None:
+        jobs = self._jobs
+        try:
+            job = jobs.popleft()
+        except IndexError:
+            return None
+        if jobs and not self._woken and self._idle:
+            self._wake_loop()  # it gets the interpreter when this thread waits, and then starts another for the rest
+        return job
+
+    def _wait(self, slot: _Slot) -> Job | None:
+        """The next job when there is one; None at the end."""
+        while not self._closed:
             self._idle.append(slot)
             # A job or the end may have come before the loop could see that this thread is idle: look once more, and
             # sleep only if that finds nothing, or if somebody has taken the thread from the list and will wake it.
-            if (self._jobs or self._closed) and self._leave_idle(slot):
-                continue
-            slot.wake.acquire()
-            job, slot.job = slot.job, None
+            if not ((self._jobs or self._closed) and self._leave_idle(slot)):
+                slot.wake.acquire()
+                self._starting = False  # before it looks for jobs: those of a later turn start a thread themselves
+            job = self._take()
             if job is not None:
                 return job
+        return self._take()
 
     def _leave_idle(self, slot: _Slot) -> bool:
         """Take a thread off the list of idle ones; False when somebody else has, who will wake it."""
@@ -139,6 +148,7 @@ class ThreadPool:
             for _ in range(len(posted)):
                 posted.popleft()()
         finally:  # also when one of them has raised: the others must not wait for the next wake-up
+            self._start_one()
             if posted and not self._woken:
                 self._woken = True
                 self._loop.call_soon(self._drain)

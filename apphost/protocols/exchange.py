@@ -221,11 +221,8 @@ class Exchange(Stream):
         else:
             out = response.text + self.context.server_fields.end + data
         self.sent = size
-        connection = self.connection
-        connection.transport.write(out)
-        self.progress = _DONE
-        self.handler = NOBODY  # as in `_done`
-        connection.response_done(self)
+        self.connection.transport.write(out)
+        self._done()
 
     def _done(self) -> None:
         self.progress = _DONE

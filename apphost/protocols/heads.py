@@ -43,14 +43,16 @@ class HeadReader:
         tail = b"" if beginning is None else raw[beginning.end() :]
         fields = self._known.get(tail)
         if fields is None or beginning is None or len(raw) > self._easy:
-            return self._read_anew(raw, tail)
-        method, target = beginning.groups()
+            method, target, fields = self._read_anew(raw, tail)
+        else:
+            method, target = beginning.groups()
         head = RequestHead(METHODS.get(method) or method.decode("ascii"), target, fields.version, fields.headers)
         head.take(fields)
         take_target(head)
         return head
 
-    def _read_anew(self, raw: bytes, tail: bytes) -> RequestHead:
+    def _read_anew(self, raw: bytes, tail: bytes) -> tuple[bytes, bytes, Fields]:
+        """Method, target, and what the fields mean, by parsing and examining. Raises `BadRequest`."""
         method, target, version = check_raw(raw, self._limits)
         try:
             headers = self._parser.parse(raw)
@@ -58,12 +60,9 @@ class HeadReader:
             headers = strict.split_fields(raw)
         # Most heads have no underscore anywhere, and one search of the whole is cheaper than one for each name.
         fields = examine_fields(headers, VERSIONS[version], self._underscores if UNDERSCORE in raw else "allow")
-        head = RequestHead(METHODS.get(method) or method.decode("ascii"), target, fields.version, fields.headers)
-        head.take(fields)
-        take_target(head)
         if len(tail) <= TAIL_MAX:
             self._remember(tail, fields)
-        return head
+        return method, target, fields
 
     def _remember(self, tail: bytes, fields: Fields) -> None:
         seen = self._seen

@@ -25,7 +25,7 @@ from apphost.protocols.body import decoder_for
 from apphost.protocols.capsule import Capsule
 from apphost.protocols.context import Context
 from apphost.protocols.deadlines import NEVER
-from apphost.protocols.exchange import DISCARD_MAX, HIGH_WATER, Exchange, Progress
+from apphost.protocols.exchange import DISCARD_MAX, HIGH_WATER, Exchange
 from apphost.protocols.handshake import read_handshake
 from apphost.protocols.opening import Opening, restore_websocket
 from apphost.protocols.response import error_response
@@ -38,7 +38,6 @@ _LEADING_CRLF = re.compile(rb"(?:\r\n)+")  # RFC 9112, 2.2: some old clients sen
 # Looking a member up in its enum costs 0.1 us before Python 3.12.
 _WAITING, _HEAD, _BUSY, _MOVING = Phase.WAITING, Phase.HEAD, Phase.BUSY, Phase.MOVING
 _DISCARDING, _CLOSED = Phase.DISCARDING, Phase.CLOSED
-_DONE = Progress.DONE
 
 
 class Connection(Wire):
@@ -204,7 +203,7 @@ class Connection(Wire):
         if context.access_log is not None:
             exchange.started_at = time.perf_counter()
         handler = context.interface.handle(exchange)
-        if exchange.progress is not _DONE:  # an application may answer at once
+        if not exchange.complete:  # an application may answer at once
             exchange.handler = handler
 
     def _take_partial(self, data: bytes) -> None:

@@ -101,10 +101,7 @@ class ResponseHead:
 
     def __init__(self, status: int, headers: Iterable[tuple[bytes, bytes]], reason: bytes | None = None) -> None:
         """Raises `TypeError` or `ValueError` for whatever may not stand in a head; nothing was sent then."""
-        line = _STATUS_LINES.get(status) if type(status) is int and reason is None else None
-        if line is None:
-            line = status_line(status) if reason is None else custom_status_line(status, reason)
-        lines = [line]
+        lines = [status_line(status) if reason is None else custom_status_line(status, reason)]
         self.status = status
         self.content_length: int | None = None
         self.close = self.has_date = self.has_server = False
