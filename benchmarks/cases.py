@@ -75,7 +75,10 @@ SERVERS = {
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked, and the body of a correct answer: ``answer`` so many ``times``. ``pipelined``: so many a write."""
+    """What is asked, and the body of a correct answer: ``answer`` so many ``times``. ``pipelined``: so many a write.
+
+    ``counted`` is the name of a header field whose value is another one in each request, as a proxy's request id is.
+    """
 
     path: str = "/"
     method: str = "GET"
@@ -84,6 +87,7 @@ class Request:
     answer: bytes = b"Hello, world!"
     times: int = 1
     pipelined: int = 1
+    counted: str = ""
 
     @property
     def whole_answer(self) -> bytes:
@@ -217,6 +221,7 @@ CASES = (
     _asgi("asgi-1", "ASGI hello, 1 connection", connections=1),
     _asgi("asgi-1000", "ASGI hello, 1,000 connections", connections=1000),
     _asgi("asgi-headers", "ASGI hello, 10 browser headers", Request(headers=BROWSER)),
+    _asgi("asgi-ids", "ASGI hello, 10 browser headers, an id each", Request(headers=BROWSER, counted="X-Request-Id")),
     _asgi("asgi-pipelined", "ASGI hello, 16 pipelined", Request(pipelined=16)),
     _asgi("asgi-fresh", "ASGI hello, a connection each", Request(headers=(("Connection", "close"),))),
     _asgi("asgi-10k", "ASGI, 10 KiB body", body("/10k", 10)),

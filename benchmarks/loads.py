@@ -40,7 +40,7 @@ def lua_string(data: bytes) -> str:
 
 
 def wrk_script(request: Request) -> str:
-    """The request as wrk's script, made once, before the load; its report is a line of JSON."""
+    """The request as wrk's script, made once, before the load if it can be; its report is a line of JSON."""
     lines = [f"wrk.method = {lua_string(request.method.encode())}"]
     lines += [f"wrk.headers[{lua_string(n.encode())}] = {lua_string(v.encode())}" for n, v in request.headers]
     if request.body:
@@ -53,6 +53,15 @@ def wrk_script(request: Request) -> str:
             "  all = table.concat(each)",
             "end",
             "request = function() return all end",
+        ]
+    if request.counted:
+        lines += [
+            "local count = 0",
+            "request = function()",
+            "  count = count + 1",
+            f"  wrk.headers[{lua_string(request.counted.encode())}] = string.format('%032x', count)",
+            "  return wrk.format()",
+            "end",
         ]
     lines += [
         "done = function(s, latency, requests)",

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 from apphost.errors import user_traceback
 from apphost.interfaces.asgi_http import failure, is_disconnect, raised
@@ -263,9 +263,8 @@ class WsgiRequest:
         sendable = file_to_send(result, self.headers_sent) if type(result) is FileWrapper else None
         if sendable is not None and send_file(self, sendable, self._started()):
             return
-        single = type(result) in (list, tuple) and len(cast(Any, result)) <= 1
-        if single and not self.headers_sent:
-            self._respond_at_once(cast(Any, result)[0] if result else b"")
+        if isinstance(result, (list, tuple)) and len(result) <= 1 and not self.headers_sent:
+            self._respond_at_once(result[0] if result else b"")
             return
         for block in result:
             if block or not isinstance(block, bytes):  # the latter for the complaint
@@ -374,7 +373,7 @@ class WsgiRequest:
             self.gone = True
         if not more:
             self.interface.active.discard(self)
-        if stream.writable or self.gone or stream.complete:
+        if self._space is not None and (stream.writable or self.gone or stream.complete):
             self._give_space(len(block))
 
     def _give_space(self, size: int) -> None:
