@@ -58,6 +58,16 @@ class Fields:
         self.keep_alive = version == "1.1"
         self.variables: dict[str, str] | None = None
 
+    def having(self, headers: Headers) -> Fields:
+        """The same meaning with other `headers`."""
+        fields = Fields(self.version, headers)
+        fields.content_length = self.content_length
+        fields.chunked = self.chunked
+        fields.expect = self.expect
+        fields.asks = self.asks
+        fields.keep_alive = self.keep_alive
+        return fields
+
 
 class RequestHead:
     """The head of one request.
