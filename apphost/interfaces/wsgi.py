@@ -123,11 +123,14 @@ class Uploads:
 class WsgiRequest:
     """One call of the application. Methods are of the loop unless they say that they are of the application's thread.
 
-    The two sides share: the body (`input`, with a lock of its own), the window of unsent bytes (`_space`), and `gone`.
+    The two sides share: the body (`input`, with a lock of its own), blocks for the loop (under `_space`), and `gone`.
     """
 
     __slots__ = (
+        "_blocks",
         "_body",
+        "_ended",
+        "_head",
         "_held",
         "_left",
         "_queued",
@@ -155,8 +158,11 @@ class WsgiRequest:
         self.response: ResponseHead | None = None  # from start_response
         self.headers_sent = False
         self._left: int | None = None  # bytes until the declared Content-Length is reached
-        self._space: threading.Condition | None = None  # made when a response has more than one block
+        self._space: threading.Condition | None = None  # made when a response has more than one block; from here on:
         self._unsent = 0
+        self._head: ResponseHead | None = None  # of these, what waits for the loop: `_send_blocks` is posted while
+        self._blocks: list[bytes] = []  # there is any
+        self._ended = False
 
     # -- Handler
 
@@ -303,19 +309,24 @@ class WsgiRequest:
             raise no_bytes(block)
         response = self._started()
         fitting = self._clip(response, block)
-        head = None if self.headers_sent else response
-        self.headers_sent = True
         if self._space is None:
             self._space = threading.Condition()
+        if not self.headers_sent:
+            self._head = response
+            self.headers_sent = True
         with self._space:
             self._unsent += len(fitting)
-        more = self._left != 0
-        self.interface.pool.post(partial(self._send, head, fitting, more))
+            self._blocks.append(fitting)
+            self._ended = self._left == 0
+            first = len(self._blocks) == 1
+        if first:  # the loop takes all that it finds: one system call for what comes meanwhile
+            self.interface.pool.post(self._send_blocks)
         if len(fitting) < len(block):
             raise TooLong(response.content_length)
-        with self._space:
-            while self._unsent > WINDOW and not self.gone:
-                self._space.wait()
+        if self._unsent > WINDOW:
+            with self._space:
+                while self._unsent > WINDOW and not self.gone:
+                    self._space.wait()
         if self.gone:
             raise ClientDisconnected("the client has closed the connection")
 
@@ -323,6 +334,7 @@ class WsgiRequest:
         if not self.headers_sent:
             self._respond_at_once(b"")
         elif self._left != 0:  # else the last block has ended it
+            # On its own: whether the loop has had the last block by now is chance, and the framing must not be.
             self.interface.pool.post(partial(self._send, None, b"", False))
 
     def _clip(self, head: ResponseHead, block: bytes) -> bytes:
@@ -357,6 +369,14 @@ class WsgiRequest:
             self.emit(data)
 
     # -- back on the loop
+
+    def _send_blocks(self) -> None:
+        assert self._space is not None
+        with self._space:
+            head, self._head = self._head, None
+            blocks, self._blocks = self._blocks, []
+            more = not self._ended
+        self._send(head, blocks[0] if len(blocks) == 1 else b"".join(blocks), more)
 
     def _send(self, head: ResponseHead | None, block: bytes, more: bool) -> None:
         stream = self.stream
