@@ -1,6 +1,6 @@
 """Measure apphost beside its peers: one worker on one core, the load on another, the servers in turns.
 
-    python benchmarks/compare.py --json all.json --write    # everything, about 40 minutes; RESULTS.md and results.svg
+    python benchmarks/compare.py --json all.json --write    # everything, about 45 minutes; RESULTS.md and results.svg
     python benchmarks/compare.py --quick                    # the main cases, about 5 minutes
     python benchmarks/compare.py --check                    # start every server of every case, ask once, no load
 

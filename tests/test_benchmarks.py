@@ -142,9 +142,9 @@ def test_files_and_functions_are_short() -> None:
                 assert (node.end_lineno or 0) - node.lineno < FUNCTION_MAX, f"{path.name}: {node.name}"
 
 
-def test_the_full_set_takes_about_40_minutes_at_most() -> None:
+def test_the_full_set_takes_about_45_minutes_at_most() -> None:
     options = SimpleNamespace(warmup=1, seconds=3)
-    assert 3 * sum(compare.estimate(case, options) for case in cases.CASES) < 50 * 60  # the estimate is too high
+    assert 3 * sum(compare.estimate(case, options) for case in cases.CASES) < 55 * 60  # the estimate is too high
 
 
 # What comes from the load
