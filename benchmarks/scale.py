@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 APPS = Path(__file__).resolve().parent / "apps"
+APP = "plain_asgi:app"
 REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 WITHIN = 120.0  # s for whatever is waited for
 WINDOW = 64  # requests that are on their way at a time
@@ -54,7 +55,7 @@ class Server:
         self.port = free_port()
         self._log = tempfile.NamedTemporaryFile("w+", prefix="apphost-scale-")  # noqa: SIM115
         pinned = ["taskset", "-c", str(core)] if core is not None else []
-        command = [*pinned, sys.executable, "-m", "apphost", "hello_asgi:app", "--bind", f"127.0.0.1:{self.port}"]
+        command = [*pinned, sys.executable, "-m", "apphost", APP, "--bind", f"127.0.0.1:{self.port}"]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("APPHOST_")}
         self._started = time.monotonic()
         self.process = subprocess.Popen(

@@ -23,6 +23,7 @@ try:
     import openloop
     import report
     import results
+    import scale
     from servers import RunFailed
 finally:
     sys.path.remove(str(BENCHMARKS))
@@ -145,6 +146,11 @@ def test_files_and_functions_are_short() -> None:
 def test_the_full_set_takes_about_45_minutes_at_most() -> None:
     options = SimpleNamespace(warmup=1, seconds=3)
     assert 3 * sum(compare.estimate(case, options) for case in cases.CASES) < 55 * 60  # the estimate is too high
+
+
+def test_what_scale_serves_is_there() -> None:
+    module, _, name = scale.APP.partition(":")
+    assert f"def {name}(" in (scale.APPS / f"{module}.py").read_text()
 
 
 # What comes from the load
