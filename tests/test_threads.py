@@ -126,14 +126,20 @@ def test_jobs_in_order_on_one_thread() -> None:
     pool.close()
 
 
-def test_busy_counts_what_is_not_finished() -> None:
-    pool, loop = made_pool(2)
+def gated() -> tuple[threading.Event, threading.Semaphore, Callable[[], None]]:
+    """(gate, running, job): each run of the job releases `running`, and then waits for the gate."""
     gate, running = threading.Event(), threading.Semaphore(0)
 
     def wait() -> None:
         running.release()
         gate.wait(DEADLINE)
 
+    return gate, running, wait
+
+
+def test_busy_counts_what_is_not_finished() -> None:
+    pool, loop = made_pool(2)
+    gate, running, wait = gated()
     for _ in range(3):
         pool.submit(wait)
     loop.turn()
@@ -185,12 +191,17 @@ def test_jobs_of_one_turn_run_beside_each_other() -> None:
     end_threads(pool)
 
 
+def wait_until_idle(pool: ThreadPool) -> None:
+    """Threads that have just begun look for work themselves."""
+    deadline = time.monotonic() + DEADLINE
+    while len(pool._idle) < len(pool.threads):
+        assert time.monotonic() < deadline
+
+
 def test_jobs_that_wait_for_nothing_need_one_thread_and_one_wake_up() -> None:
     """To wake the others costs more than such a job: they are woken when the loop finds that there is work left."""
     pool, loop = made_pool(4)
-    deadline = time.monotonic() + DEADLINE
-    while len(pool._idle) < 4:  # threads that have just begun look for work themselves
-        assert time.monotonic() < deadline
+    wait_until_idle(pool)
     seen: list[str] = []
     done = threading.Event()
     for _ in range(50):
@@ -202,25 +213,21 @@ def test_jobs_that_wait_for_nothing_need_one_thread_and_one_wake_up() -> None:
     end_threads(pool)
 
 
-def test_the_loop_is_told_of_work_that_is_left() -> None:
+@pytest.mark.parametrize("more", [0, 1, 3])
+def test_the_loop_is_told_of_work_that_is_left(more: int) -> None:
     """By the thread that has taken the first of it, before it knows how long that takes; once, and not for nothing."""
-    pool, loop = made_pool(2)
-    gate, running = threading.Event(), threading.Semaphore(0)
-
-    def wait() -> None:
-        running.release()
-        gate.wait(DEADLINE)
-
-    pool.submit(wait)
-    loop.turn()
-    assert running.acquire(timeout=DEADLINE)
-    assert loop.woken == []
-    gate.set()
-    for _ in range(3):
+    pool, loop = made_pool(4)
+    wait_until_idle(pool)
+    gate, running, wait = gated()
+    for _ in range(1 + more):
         pool.submit(wait)
     loop.turn()
-    for _ in range(3):
+    assert running.acquire(timeout=DEADLINE)
+    assert len(loop.woken) == (1 if more else 0)
+    for _ in range(more):
         loop.turn_until(running)
+    assert pool.busy == 1 + more
+    gate.set()
     end_threads(pool)
 
 

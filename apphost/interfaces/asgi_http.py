@@ -87,8 +87,7 @@ class AsgiRequest:
         """Call the application and see to it that the response comes to an end, a good one or a visible bad one."""
         interface = self.interface
         try:
-            app = interface.app
-            result = await app(self.scope(), self.receive, self.send)
+            result = await interface.app(self.scope(), self.receive, self.send)
         except asyncio.CancelledError as exc:
             self._fail()
             if self._is_cancelled():

@@ -130,7 +130,6 @@ class WsgiRequest:
         "_blocks",
         "_body",
         "_ended",
-        "_head",
         "_held",
         "_left",
         "_queued",
@@ -160,9 +159,8 @@ class WsgiRequest:
         self._left: int | None = None  # bytes until the declared Content-Length is reached
         self._space: threading.Condition | None = None  # made when a response has more than one block; from here on:
         self._unsent = 0
-        self._head: ResponseHead | None = None  # of these, what waits for the loop: `_send_blocks` is posted while
-        self._blocks: list[bytes] = []  # there is any
-        self._ended = False
+        self._blocks: list[bytes] = []  # of these, what waits for the loop: `_send_blocks` is posted while there is any
+        self._ended = False  # the last of them ends the response
 
     # -- Handler
 
@@ -269,7 +267,7 @@ class WsgiRequest:
         sendable = file_to_send(result, self.headers_sent) if type(result) is FileWrapper else None
         if sendable is not None and send_file(self, sendable, self._started()):
             return
-        if isinstance(result, (list, tuple)) and len(result) <= 1 and not self.headers_sent:
+        if (type(result) is list or type(result) is tuple) and len(result) <= 1 and not self.headers_sent:
             self._respond_at_once(result[0] if result else b"")
             return
         for block in result:
@@ -311,9 +309,7 @@ class WsgiRequest:
         fitting = self._clip(response, block)
         if self._space is None:
             self._space = threading.Condition()
-        if not self.headers_sent:
-            self._head = response
-            self.headers_sent = True
+        self.headers_sent = True
         with self._space:
             self._unsent += len(fitting)
             self._blocks.append(fitting)
@@ -373,9 +369,9 @@ class WsgiRequest:
     def _send_blocks(self) -> None:
         assert self._space is not None
         with self._space:
-            head, self._head = self._head, None
             blocks, self._blocks = self._blocks, []
             more = not self._ended
+        head = None if self.stream.started else self.response
         self._send(head, blocks[0] if len(blocks) == 1 else b"".join(blocks), more)
 
     def _send(self, head: ResponseHead | None, block: bytes, more: bool) -> None:

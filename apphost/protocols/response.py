@@ -43,7 +43,6 @@ _PLAIN, _CONTENT_LENGTH, _CONNECTION, _DATE, _SERVER = (
 )  # fmt: skip
 _NONE, _LENGTH, _CHUNKED, _CLOSE = Framing.NONE, Framing.LENGTH, Framing.CHUNKED, Framing.CLOSE
 
-_WITHOUT_BODY = frozenset((204, 304))  # RFC 9110, 15.3.5 and 15.4.5; so have those below 200
 _SPECIAL = {
     b"content-length": Field.CONTENT_LENGTH,
     b"transfer-encoding": Field.TRANSFER_ENCODING,
@@ -59,8 +58,6 @@ _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]").search
 _KINDS: dict[bytes, Field] = {}
 _LINES: dict[tuple[bytes, bytes], bytes] = {}
 _TABLE_MAX = 1024
-# To read a number out of bytes takes longer than to find it. Of these there are 1,110, with those that begin with 0.
-_SHORT: dict[bytes, int] = {}
 FIELD_MAX = 256  # bytes of a field that is worth keeping: longer ones are cookies and policies
 
 _K = TypeVar("_K")
@@ -105,7 +102,7 @@ class ResponseHead:
         self.status = status
         self.content_length: int | None = None
         self.close = self.has_date = self.has_server = False
-        self.plain = status >= 200 and status not in _WITHOUT_BODY
+        self.plain = status >= 200 and status != 204 and status != 304
         known = _LINES.get
         for item in headers:
             try:
@@ -139,15 +136,11 @@ class ResponseHead:
         return line
 
     def _take_length(self, name: bytes, value: bytes) -> bytes:
-        length = _SHORT.get(value) if type(value) is bytes else None
-        if length is None:
+        if not value.isdigit():
+            value = bytes(value).strip(b" \t")
             if not value.isdigit():
-                value = bytes(value).strip(b" \t")
-                if not value.isdigit():
-                    raise ValueError(f"not a Content-Length: {value!r}")
-            length = int(value)
-            if len(value) < 4:
-                _SHORT[bytes(value)] = length
+                raise ValueError(f"not a Content-Length: {value!r}")
+        length = int(value)
         if self.content_length is not None:
             if self.content_length != length:
                 raise ValueError("two different values for Content-Length")
@@ -155,7 +148,7 @@ class ResponseHead:
         self.content_length = length
         if self.status < 200 or self.status == 204:  # RFC 9110, 8.6: there it must not be sent
             return b""
-        return name + b": " + value + b"\r\n"
+        return b"%b: %b\r\n" % (name, value)
 
 
 def decide_framing(modern: bool, head: ResponseHead, known_length: int | None) -> Framing:
