@@ -65,6 +65,7 @@ async def app(scope, receive, send):
         while True:
             pass
     elif path == "/sleep":
+        say(f"{{path}} in progress")
         time.sleep(600)
     elif path == "/exit":
         os._exit(7)
