@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from apphost.protocols.base import BadRequest, Headers
 from apphost.protocols.capsule import Capsule
-from apphost.protocols.proxied import NOBODY, peer_of
+from apphost.protocols.proxied import NOBODY, peer_name
 from apphost.protocols.proxies import HOPS_MAX, HostList, ProxyRules, Told, TrustList, parse_forwarded, split_host
 
 TRUSTED = ("10.0.0.0/8", "192.0.2.7", "2001:db8:1::/48", "unix")
@@ -71,7 +71,7 @@ def test_who_is_a_trusted_peer(entries: tuple[str, ...], yes: list[str | None], 
 def test_the_peer_of_a_connection_with_a_past(
     of_client: tuple[str, int] | None, of_server: tuple[str, int | None], anonymous: bool, peer: str | None
 ) -> None:
-    assert peer_of(Capsule(of_client, of_server, "http", 0, 1.0, False, b"", anonymous=anonymous)) == peer
+    assert peer_name(Capsule(of_client, of_server, "http", 0, 1.0, False, b"", anonymous=anonymous)) == peer
 
 
 # ------------------------------------------------------------------------------------------------------ X-Forwarded-For

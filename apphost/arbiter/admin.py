@@ -6,17 +6,14 @@ while, or ends, is replaced.
 
 from __future__ import annotations
 
-import functools
 import signal
 import socket
 import time
-import traceback
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from apphost.arbiter.history import History
 from apphost.arbiter.processes import WorkerProcess, kill, spawn_python
-from apphost.arbiter.services import Happening, What
+from apphost.arbiter.services import Happening, What, guarded
 from apphost.arbiter.status import Status, status
 from apphost.logs import Log
 from apphost.measures import add, zero
@@ -51,9 +48,6 @@ _TOLD_OF_ALL = (
 )  # fmt: skip
 
 
-T = TypeVar("T", bound=Callable[..., None])
-
-
 def open_admin(settings: Settings, access: Access, own: dict[str, Identity], log: Log) -> list[Listener]:
     """The listeners for the setting `admin`; `own` notes a Unix socket for removal. Raises `AddressError`."""
     if not settings.admin:
@@ -67,23 +61,10 @@ def open_admin(settings: Settings, access: Access, own: dict[str, Identity], log
     return listeners
 
 
-def guarded(method: T) -> T:
-    """A defect in here is logged, and the arbiter goes on."""
-
-    @functools.wraps(method)
-    def wrapper(self: Admin, *args: Any) -> None:
-        try:
-            method(self, *args)
-        except Exception:
-            self.deadline = time.monotonic() + BACKOFF_MAX
-            trace = traceback.format_exc()
-            self._arbiter.log.write("error", "internal error in the admin service; it goes on", trace)
-
-    return wrapper  # type: ignore[return-value]
-
-
 class Admin:
     """The service. `history` counts what has become of workers that are gone."""
+
+    title = "admin service"
 
     def __init__(self, arbiter: Arbiter, listeners: list[Listener], history: History) -> None:
         self.deadline: float | None = time.monotonic()
@@ -99,6 +80,14 @@ class Admin:
         self._moved_before = self._moved()  # connections that had moved when the last reload was asked for
 
     # -- the service
+
+    @property
+    def log(self) -> Log:
+        return self._arbiter.log
+
+    def settle(self, failed: bool) -> None:
+        if failed:
+            self.deadline = time.monotonic() + BACKOFF_MAX
 
     @guarded
     def notice(self, happening: Happening) -> None:

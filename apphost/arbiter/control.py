@@ -13,17 +13,16 @@ import platform
 import selectors
 import socket
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import apphost
 from apphost.arbiter import vocabulary as v
 from apphost.arbiter.arbiter import Arbiter
 from apphost.arbiter.history import History
 from apphost.arbiter.jobs import Ask, Job, Rollout, Stop, UpgradeWait
-from apphost.arbiter.services import Happening
+from apphost.arbiter.services import Happening, guarded
 from apphost.arbiter.status import status
 from apphost.endpoint import AUTO, BACKLOG, LINE_MAX, OFF, abstract_sockets, may_command, open_abstract
 from apphost.errors import AddressError, nearest
@@ -39,8 +38,6 @@ IDLE_MAX = 60.0  # s without a request, when nothing is waited for
 STALL_MAX = 30.0  # s without reading on
 ACCEPTS = 16  # a turn
 PAUSE = 1.0  # s without accepting after the system said that it has no descriptors
-
-T = TypeVar("T", bound=Callable[..., None])
 
 
 def open_control(settings: Settings, own: dict[str, Identity], log: Log) -> socket.socket | None:
@@ -152,23 +149,10 @@ class BadCommand(Exception):
     """The request cannot be understood or obeyed; the message says why."""
 
 
-def guarded(method: T) -> T:
-    """A defect in here is logged, and the arbiter goes on."""
-
-    @functools.wraps(method)
-    def wrapper(self: Control, *args: Any) -> None:
-        try:
-            method(self, *args)
-        except Exception:
-            trace = traceback.format_exc()
-            self.arbiter.log.write("error", "internal error in the control socket; it goes on", trace)
-        self.plan()
-
-    return wrapper  # type: ignore[return-value]
-
-
 class Control:
     """The service. `history` is written by a service that is told before this one."""
+
+    title = "control socket"
 
     def __init__(self, arbiter: Arbiter, listener: socket.socket, history: History) -> None:
         self.arbiter = arbiter
@@ -221,7 +205,11 @@ class Control:
         self.arbiter.hub.unwatch(self._listener)
         self._listener.close()
 
-    def plan(self) -> None:
+    @property
+    def log(self) -> Log:
+        return self.arbiter.log
+
+    def settle(self, failed: bool) -> None:
         """Let those go that are done, and set the deadline anew."""
         for client in list(self._clients):
             if client.lost or (client.ended and client.job is None and not client.lines and not client.out):

@@ -6,10 +6,14 @@ A service may watch descriptors through the arbiter's hub, give orders through `
 from __future__ import annotations
 
 import enum
+import functools
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from apphost.arbiter.processes import Failure, WorkerProcess
+from apphost.logs import Log
 from apphost.messages import Message
 
 
@@ -55,3 +59,34 @@ class Service(Protocol):
 
     def close(self) -> None:
         """The arbiter ends: everything has stopped."""
+
+
+class Guarded(Protocol):
+    """A service that many lines of code serve, for strangers: one wrong line there must not end the arbiter."""
+
+    title: str  # for the log
+
+    @property
+    def log(self) -> Log: ...
+
+    def settle(self, failed: bool) -> None:
+        """The end of every call from outside; `failed`: it ended with a defect."""
+
+
+T = TypeVar("T", bound=Callable[..., None])
+
+
+def guarded(method: T) -> T:
+    """For methods of a `Guarded` that are called from outside: a defect in one is logged, and the arbiter goes on."""
+
+    @functools.wraps(method)
+    def wrapper(self: Guarded, *args: Any) -> None:
+        failed = False
+        try:
+            method(self, *args)
+        except Exception:
+            failed = True
+            self.log.write("error", f"internal error in the {self.title}; it goes on", traceback.format_exc())
+        self.settle(failed)
+
+    return wrapper  # type: ignore[return-value]

@@ -137,7 +137,7 @@ def new_connection(
     secure: it speaks TLS.
     """
     if capsule is not None:
-        peer = peer_of(capsule)
+        peer = peer_name(capsule)
     believed = context.proxies is not None and context.proxies.believes(peer)
     kind = _KINDS[believed, context.hosts is not None, secure]
     if context.request_ids is not None:
@@ -145,7 +145,7 @@ def new_connection(
     return kind(context, capsule)
 
 
-def peer_of(capsule: Capsule) -> str | None:
+def peer_name(capsule: Capsule) -> str | None:
     if capsule.anonymous:
         return NOBODY
     if capsule.client is not None:

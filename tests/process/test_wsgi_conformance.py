@@ -295,6 +295,13 @@ def test_blocks(client: RawClient, key: str, kind: str, blocks: list[str]) -> No
     assert get(client, "/pid").status == 200
 
 
+def test_a_subclass_of_list_is_iterated(client: RawClient, key: str) -> None:
+    """G13: a result is an iterable; that this one can be indexed as well, and has a length, says nothing."""
+    answer = script(client, kind="subclass", blocks=["one "], key=key)
+    assert (answer.status, answer.body) == (200, b"one one ")
+    assert get(client, "/pid").status == 200
+
+
 def test_http10_without_length(client: RawClient) -> None:
     """G13, S5: a stream to an HTTP/1.0 client ends with the connection, even one that wants to keep it."""
     client.send(b"GET /lazy HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
