@@ -2,12 +2,18 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import signal
 from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.support import Server
+
+# A shell has what it starts in the background ignore these, and so would all that a test starts and then interrupts.
+for _number in (signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number is signal.SIGINT else signal.SIG_DFL)
 
 # Tests whose combinations differ little, by name, or all those of a file: a part of them runs, all with --thorough.
 # Names of parameters: each value of each of them has its turn, but not with each value of the others. A number n: every
