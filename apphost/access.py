@@ -23,10 +23,14 @@ if TYPE_CHECKING:
     from apphost.protocols.exchange import Exchange
     from apphost.protocols.http1 import Connection
 
-_FLUSH_SIZE = 65536  # characters of access log that are written out without waiting for the end of the loop's turn
+# Requests whose lines are written without waiting for the end of the loop's turn: 12 KiB of our own format, and as many
+# long targets are 1 MiB.
+GATHERED = 128
 
-# (exchange, duration in seconds, whether the response was cut short) to a line, without its end
-Line: TypeAlias = Callable[[Any, float, bool], str]
+# A finished request: exchange, duration in seconds, whether the response was cut short.
+Finished: TypeAlias = "tuple[Any, float, bool]"
+# Requests to their lines, without ends.
+Format: TypeAlias = "Callable[[list[Finished]], list[str]]"
 
 _COMMON = '%(h)s %(l)s %(u)s %(t)s "%(r)s" %(s)s %(b)s'
 _NAMED = {"common": _COMMON, "combined": _COMMON + ' "%(f)s" "%(a)s"'}
@@ -34,13 +38,14 @@ _AUTO = '%(h)s - - %(t)s "%(r)s" %(s)s %(B)s %(L)s%( tail)s'
 NAMES = ("auto", *_NAMED, "json")
 
 # What a field is: its conversion, and the expression for its value. In an expression, `e` is the exchange, `d` the
-# duration, `cut` whether the response is incomplete, `f` the `_Fields`. The long name, then aliases. 499 is nginx's
-# code for a client that left before it got an answer.
+# duration, `cut` whether the response is incomplete, `stamp` and `iso` the time of writing, `f` the `_Fields`. The long
+# name, then aliases. 499 is nginx's code for a client that left before it
+# got an answer.
 _TABLE: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("client", "h"), "%s", "e.client[0] if e.client else '-'"),
     (("user", "u", "l"), "%s", "'-'"),
-    (("t",), "%s", "f.stamp()"),
-    (("time",), "%s", "f.iso()"),
+    (("t",), "%s", "stamp"),
+    (("time",), "%s", "iso"),
     (("request", "r"), "%s", "f.request(e.head)"),
     (("method", "m"), "%s", "e.head.method"),
     (("target",), "%s", "quoted(f.show(e.head.target))"),
@@ -69,7 +74,7 @@ _TABLE: tuple[tuple[tuple[str, ...], str, str], ...] = (
 )
 # The same for `json`: the key, the conversion, the expression.
 _JSON = (
-    ("time", '"%s"', "f.iso()"),
+    ("time", '"%s"', "iso"),
     ("client", "%s", "string(e.client[0]) if e.client else '\"-\"'"),
     ("method", "%s", "string(e.head.method)"),
     ("target", "%s", "string(f.show(e.head.target))"),
@@ -145,8 +150,8 @@ def _parse(template: str) -> list[tuple[str, str]]:
     return [*parts, (literal + template[position:], "")]
 
 
-def compile_format(text: str, origin: Origin) -> Line:
-    """One function that makes the line of a finished exchange. Raises `ValueError`; see `check_format`."""
+def compile_format(text: str, origin: Origin) -> Format:
+    """One function that makes the lines of finished requests. Raises `ValueError`; see `check_format`."""
     fields = _Fields(origin)
     if text == "json":
         template = "{" + ", ".join(f'"{key}": {conversion}' for key, conversion, _ in _JSON) + "}"
@@ -164,16 +169,16 @@ def compile_format(text: str, origin: Origin) -> Line:
     return _make(fields, template, values)
 
 
-def _make(fields: _Fields, template: str, values: list[str]) -> Line:
-    """The function that fills the template with the values of the expressions."""
+def _make(fields: _Fields, template: str, values: list[str]) -> Format:
+    """The function that fills the template with the values of the expressions, for each request."""
     # One expression, as a chain of calls would take twice as long. Its text comes from the table above, and from names
     # of header fields as literals of bytes; the template is a value.
-    code = f"lambda e, d, cut: template % ({', '.join(values)},)"
+    code = f"lambda finished, stamp, iso: [template % ({', '.join(values)},) for e, d, cut in finished]"
     names = {"f": fields, "template": template, "quoted": quoted, "header": header, "protocol": protocol,
              "queue": queue, "seconds": seconds, "string": string, "values": _values, "getattr": getattr,
              "__builtins__": {}}  # fmt: skip
-    line: Line = eval(code, names)  # noqa: S307
-    return line
+    fill: Callable[[list[Finished], str, str], list[str]] = eval(code, names)  # noqa: S307
+    return lambda finished: fill(finished, *fields.now())
 
 
 def _header_value(name: str) -> str:
@@ -234,20 +239,14 @@ class _Fields:
         self._second = -1
         self._stamp = self._iso = ""
 
-    def _refresh(self) -> None:
+    def now(self) -> tuple[str, str]:
+        """The second as the Common Log Format has it, and in ISO 8601."""
         now = int(time.time())
         if now != self._second:
             self._second = now
             self._stamp = time.strftime("[%d/%b/%Y:%H:%M:%S %z]", time.localtime(now))
             self._iso = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
-
-    def stamp(self) -> str:
-        self._refresh()
-        return self._stamp
-
-    def iso(self) -> str:
-        self._refresh()
-        return self._iso
+        return self._stamp, self._iso
 
     def request(self, head: Any) -> str:
         if head.version == "-":
@@ -317,35 +316,35 @@ class FileSink:
 
 
 class AccessLog:
-    """One line a request, gathered during a turn of the loop and written at once after it. Event loop only."""
+    """One line a request. What is finished during a turn of the loop is written at once after it. Event loop only."""
 
-    def __init__(self, sinks: Sequence[Sink], line: Line, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, sinks: Sequence[Sink], form: Format, loop: asyncio.AbstractEventLoop) -> None:
         self._sinks = sinks
-        self._line = line
+        self._format = form
         self._loop = loop
-        self._lines: list[str] = []
-        self._size = 0
+        self._finished: list[Finished] = []
 
     def write(self, exchange: Exchange, cut: bool = False) -> None:
         """Note a finished exchange; `cut`: its response is incomplete."""
-        self._add(self._line(exchange, time.perf_counter() - exchange.started_at, cut))
+        self._add(exchange, time.perf_counter() - exchange.started_at, cut)
 
     def write_refusal(self, connection: Connection, status: int) -> None:
         """Note a request that was refused before it could be understood."""
-        self._add(self._line(_Refused(connection, status), 0.0, False))
+        self._add(_Refused(connection, status), 0.0, False)
 
-    def _add(self, line: str) -> None:
-        if not self._lines:
+    def _add(self, exchange: Exchange | _Refused, duration: float, cut: bool) -> None:
+        finished = self._finished
+        if not finished:
             self._loop.call_soon(self.flush)
-        self._lines.append(line)
-        self._size += len(line)
-        if self._size > _FLUSH_SIZE:
+        finished.append((exchange, duration, cut))
+        if len(finished) == GATHERED:
             self.flush()
 
     def flush(self) -> None:
-        if self._lines:
-            lines, self._lines = self._lines, []
-            self._size = 0
+        finished = self._finished
+        if finished:
+            self._finished = []
+            lines = self._format(finished)
             for sink in self._sinks:
                 sink.write(lines)
 
