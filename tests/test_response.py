@@ -44,6 +44,17 @@ def finished(
     return text[:-4].split(b"\r\n")
 
 
+def test_an_upgrade_field_is_named_in_connection() -> None:
+    """RFC 9110, 7.8: as in a 426, beside what else Connection has to say."""
+    field = [(b"Upgrade", b"websocket")]
+    for modern, keep_alive, line in (
+        (True, True, b"upgrade"), (True, False, b"close, upgrade"), (False, True, b"keep-alive, upgrade"),
+    ):  # fmt: skip
+        lines = finished(426, field, modern=modern, known=0, keep_alive=keep_alive)
+        assert b"connection: " + line in lines
+        assert b"Upgrade: websocket" in lines
+
+
 # -- framing: status, declared length, version, size of a body that is known at once
 
 TABLE = """

@@ -35,11 +35,12 @@ class Field(enum.Enum):
     CONNECTION = enum.auto()
     DATE = enum.auto()
     SERVER = enum.auto()
+    UPGRADE = enum.auto()
 
 
 # Looking a member up in its enum costs 0.1 us before Python 3.12.
-_PLAIN, _CONTENT_LENGTH, _CONNECTION, _DATE, _SERVER = (
-    Field.PLAIN, Field.CONTENT_LENGTH, Field.CONNECTION, Field.DATE, Field.SERVER
+_PLAIN, _CONTENT_LENGTH, _CONNECTION, _DATE, _SERVER, _UPGRADE = (
+    Field.PLAIN, Field.CONTENT_LENGTH, Field.CONNECTION, Field.DATE, Field.SERVER, Field.UPGRADE
 )  # fmt: skip
 _NONE, _LENGTH, _CHUNKED, _CLOSE = Framing.NONE, Framing.LENGTH, Framing.CHUNKED, Framing.CLOSE
 
@@ -49,6 +50,7 @@ _SPECIAL = {
     b"connection": Field.CONNECTION,
     b"date": Field.DATE,
     b"server": Field.SERVER,
+    b"upgrade": Field.UPGRADE,
 }
 # RFC 9110, 5.5: CR, LF and NUL split a head; the other controls are no part of a value either, and what recipients
 # make of them differs: to some 0x0b, 0x0c and 0x1c to 0x1e end a line. HTAB is fine.
@@ -94,14 +96,14 @@ class ResponseHead:
     and it has no say in the connection and the server's own fields.
     """
 
-    __slots__ = ("close", "content_length", "has_date", "has_server", "plain", "status", "text")
+    __slots__ = ("close", "content_length", "has_date", "has_server", "plain", "status", "text", "upgrade")
 
     def __init__(self, status: int, headers: Iterable[tuple[bytes, bytes]], reason: bytes | None = None) -> None:
         """Raises `TypeError` or `ValueError` for whatever may not stand in a head; nothing was sent then."""
         lines = [status_line(status) if reason is None else custom_status_line(status, reason)]
         self.status = status
         self.content_length: int | None = None
-        self.close = self.has_date = self.has_server = False
+        self.close = self.has_date = self.has_server = self.upgrade = False
         self.plain = status >= 200 and status != 204 and status != 304
         known = _LINES.get
         for item in headers:
@@ -129,6 +131,8 @@ class ResponseHead:
             self.has_date = True
         elif kind is _SERVER:
             self.has_server = True
+        elif kind is _UPGRADE:
+            self.upgrade = True
         else:  # Connection and Transfer-Encoding are the server's business
             if kind is _CONNECTION and b"close" in bytes(value).lower():
                 self.close = True
@@ -175,10 +179,11 @@ def finish_head(
             how = b"transfer-encoding: chunked\r\n"
         elif framing is _LENGTH and known_length is not None:
             how = b"content-length: %d\r\n" % known_length
-    if not keep_alive:
-        how += b"connection: close\r\n"
-    elif not modern:
-        how += b"connection: keep-alive\r\n"
+    options = [b"close"] if not keep_alive else [] if modern else [b"keep-alive"]
+    if head.upgrade:
+        options.append(b"upgrade")  # RFC 9110, 7.8: who sends the field names it here
+    if options:
+        how += b"connection: %b\r\n" % b", ".join(options)
     return b"%b%b%b\r\n" % (head.text, how, extra)
 
 
