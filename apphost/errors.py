@@ -12,6 +12,10 @@ import os
 import traceback
 from collections.abc import Iterable
 
+# Characters of a traceback that is shown: a recursion error's, or that of a chain of a thousand causes, is longer than
+# useful. Of such a one the ends are kept, where the first cause and the last exception stand.
+TRACEBACK_MAX = 65536
+
 _OWN_CODE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
@@ -97,22 +101,34 @@ def user_traceback(exc: BaseException) -> str:
     """The traceback of `exc` without the leading frames of apphost and of importlib.
 
     Frames of ours *below* the first frame of the user stay: there the user called us, and that is part of the story.
+    Never raises: an exception is user code, and whoever reports one has something more important to do afterwards.
     """
-    report = traceback.TracebackException.from_exception(exc)
-    _strip(report, set())
-    return "".join(report.format()).rstrip("\n")
+    try:
+        report = traceback.TracebackException.from_exception(exc)
+        _strip(report)
+        text = "".join(report.format()).rstrip("\n")
+    except Exception as defect:  # such as a SyntaxError whose text is no text
+        frames = "".join(traceback.format_tb(exc.__traceback__))
+        text = f"{frames}{type(exc).__qualname__}, which cannot be shown: {type(defect).__name__} was raised by that"
+    if len(text) > TRACEBACK_MAX:
+        half = TRACEBACK_MAX // 2
+        text = f"{text[:half]}\n... {len(text) - 2 * half} characters are left out here ...\n{text[-half:]}"
+    return text
 
 
-def _strip(report: traceback.TracebackException, seen: set[int]) -> None:
-    if id(report) in seen:
-        return
-    seen.add(id(report))
-    frames = report.stack
-    while frames and _is_plumbing(frames[0].filename):
-        del frames[0]
-    for linked in (report.__cause__, report.__context__):
-        if linked is not None:
-            _strip(linked, seen)
+def _strip(report: traceback.TracebackException) -> None:
+    """Not by recursion: a chain of causes may be longer than the stack is deep."""
+    waiting: list[traceback.TracebackException | None] = [report]
+    seen: set[int] = set()
+    while waiting:
+        each = waiting.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        frames = each.stack
+        while frames and _is_plumbing(frames[0].filename):
+            del frames[0]
+        waiting += [each.__cause__, each.__context__, *(getattr(each, "exceptions", None) or ())]
 
 
 def _is_plumbing(filename: str) -> bool:

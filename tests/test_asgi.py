@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
+import importlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -53,7 +55,7 @@ class FakeStream(Stream):
         self.asked = 0
         self.out: list[Any] = []
         self.may_write = self.is_connected = True
-        self.failed = self.is_complete = False
+        self.failed = self.abandoned = self.is_complete = False
 
     def take_body(self) -> tuple[bytes, bool]:
         self.asked += 1
@@ -93,6 +95,10 @@ class FakeStream(Stream):
 
     def fail(self) -> None:
         self.failed = True
+        self.is_complete = True
+
+    def abandon(self) -> None:
+        self.abandoned = True
         self.is_complete = True
 
     def lose(self, request: AsgiRequest) -> None:
@@ -153,6 +159,12 @@ def test_paths(target: str, path: str, raw_path: bytes) -> None:
 def test_root_path(path: str, with_root: str) -> None:
     """H7 H5: the same for both, unless the decoded path has it already."""
     assert add_root_path("/r", path, path.encode()) == (with_root, with_root.encode())
+
+
+def test_a_root_path_is_encoded_where_the_path_is() -> None:
+    """H5: RFC 3986, 3.3."""
+    assert add_root_path("/é x", "/a", b"/a") == ("/é x/a", b"/%C3%A9%20x/a")
+    assert add_root_path("/a:b@c;d", "/a", b"/a") == ("/a:b@c;d/a", b"/a:b@c;d/a")
 
 
 def test_scopes_share_only_what_is_inside_of_the_state() -> None:
@@ -350,6 +362,47 @@ def test_a_half_closed_client_can_be_answered() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("started", [False, True])
+def test_leaving_a_client_that_is_gone_is_no_failure(started: bool, raises: bool) -> None:
+    """R4 S17: told that the client has ended its side, an application may leave it at that, as Django does."""
+
+    async def app(_scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        assert await receive() == DISCONNECT
+        if started:
+            await send(START)
+            await send(part(b"some", True))
+        if raises:
+            raise RuntimeError from ClientDisconnected("gone")
+
+    async def main() -> None:
+        call = Call(app)
+        call.request.disconnected()
+        await call.end()
+        assert (call.stream.abandoned, call.stream.failed, call.log.said) == (True, False, [])
+
+    asyncio.run(main())
+
+
+def test_an_error_behind_a_disconnect_is_a_failure() -> None:
+    """A6: one that has nothing to do with it."""
+
+    async def app(_scope: Any, receive: Any, _send: Any) -> None:
+        await receive()
+        await receive()
+        raise ValueError("mine")
+
+    async def main() -> None:
+        call = Call(app)
+        call.request.disconnected()
+        await call.end()
+        assert (call.stream.abandoned, call.stream.failed) == (False, True)
+        assert "raised ValueError (mine)" in call.log.said[0]
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize(
     "events",
     [
@@ -447,12 +500,19 @@ def test_a_disconnect_explains_an_error_only_if_there_was_one() -> None:
     asyncio.run(main())
 
 
-class Group(Exception):
-    """As ExceptionGroup, which Python 3.10 does not have."""
+def group(*members: BaseException) -> BaseException:
+    """Before Python 3.11 of the package that anyio uses."""
+    kind: Any = getattr(builtins, "BaseExceptionGroup", None)
+    if kind is None:
+        kind = importlib.import_module("exceptiongroup").BaseExceptionGroup
+    made: BaseException = kind("group", members)
+    return made
 
-    def __init__(self, *exceptions: BaseException) -> None:
-        super().__init__("group")
-        self.exceptions = exceptions
+
+class Listing(Exception):
+    """Not a group, though it has an attribute of that name."""
+
+    exceptions = ("time-out in shard 3",)
 
 
 def chained(cause: BaseException, *, implicit: bool = False) -> BaseException:
@@ -473,16 +533,17 @@ GONE = ClientDisconnected("gone")
         (GONE, True),
         (OSError("other"), False),
         (ValueError(), False),
-        (None, False),
         (chained(GONE), True),
         (chained(chained(GONE), implicit=True), True),
         (chained(ValueError()), False),
-        (Group(GONE, chained(GONE)), True),
-        (Group(GONE, ValueError()), False),
-        (chained(Group(Group(GONE))), True),
+        (group(GONE, chained(GONE)), True),
+        (group(GONE, ValueError()), False),
+        (chained(group(group(GONE))), True),
+        (Listing(), False),
+        (chained(Listing()), False),
     ],
 )
-def test_is_disconnect(error: BaseException | None, expected: bool) -> None:
+def test_is_disconnect(error: BaseException, expected: bool) -> None:
     """A7: also wrapped, and in groups of nothing else."""
     assert is_disconnect(error) is expected
 
@@ -491,6 +552,23 @@ def test_is_disconnect_ends_where_exceptions_go_in_circles() -> None:
     one, two = ValueError(), ValueError()
     one.__context__, two.__context__ = two, one
     assert not is_disconnect(one)
+    members = [ValueError(str(number)) for number in range(8)]
+    ring = group(*members)
+    for each in members:
+        each.__context__ = ring
+    assert not is_disconnect(ring)
+
+
+def test_is_disconnect_has_no_longest_chain() -> None:
+    """However deep the stack was that an application has wrapped its errors in."""
+    error: BaseException = GONE
+    for _ in range(3000):
+        error = chained(error)
+    assert is_disconnect(error)
+    error = ValueError()
+    for _ in range(3000):
+        error = chained(group(GONE, error))
+    assert not is_disconnect(error)
 
 
 def test_failures_in_words() -> None:

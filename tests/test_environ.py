@@ -91,7 +91,7 @@ def test_names_that_a_client_makes_up_cost_no_memory() -> None:
 @pytest.mark.parametrize(
     ("server", "scheme", "expected"),
     [
-        (("::1", 8000), "http", ("::1", "8000")),
+        (("::1", 8000), "http", ("[::1]", "8000")),  # RFC 3875, 4.1.14
         (("/run/app.sock", None), "http", ("localhost", "80")),
         (("/run/app.sock", None), "https", ("localhost", "443")),
         (("", None), "http", ("localhost", "80")),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from apphost import errors
-from apphost.errors import ApphostError, ExitCode, nearest, user_traceback
+from apphost.errors import TRACEBACK_MAX, ApphostError, ExitCode, nearest, user_traceback
 from apphost.worker.loading import load_application
 from tests.support import OWN_CODE, write_app
 
@@ -121,3 +121,40 @@ def test_an_exception_that_cannot_be_told() -> None:
             raise RuntimeError
 
     assert "Bad" in user_traceback(Bad())
+
+
+def wrapped(depth: int) -> BaseException:
+    """A chain of so many causes, as of a parser that wraps its errors at each level."""
+    error: BaseException = ValueError("the first")
+    for number in range(depth):
+        cause, error = error, RuntimeError(f"number {number}")
+        error.__cause__ = cause
+    return error
+
+
+def test_a_chain_of_causes_that_is_longer_than_the_stack_is_deep() -> None:
+    text = user_traceback(wrapped(5000))
+    assert len(text) < TRACEBACK_MAX + 100
+    assert text.startswith("ValueError: the first\n")
+    assert "characters are left out here" in text
+    assert text.endswith("RuntimeError: number 4999")
+
+
+def test_a_long_text() -> None:
+    text = user_traceback(ValueError("x" * 10 * TRACEBACK_MAX))
+    assert (text[:13], text[-10:]) == ("ValueError: x", "x" * 10)
+    assert len(text) < TRACEBACK_MAX + 100
+
+
+def test_an_exception_that_traceback_cannot_show() -> None:
+    """A `SyntaxError` made by hand: its last part should be the line, as text."""
+
+    def user() -> None:
+        raise SyntaxError("odd", ("file", 1, 1, b"no text"))
+
+    try:
+        user()
+    except SyntaxError as exc:
+        text = user_traceback(exc)
+    assert "in user" in text
+    assert "SyntaxError" in text

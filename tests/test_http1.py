@@ -360,6 +360,22 @@ def test_failing_at_a_head_request(peer: Peer) -> None:
     assert wire.endswith(b"\r\n\r\n")
 
 
+@pytest.mark.parametrize("started", [False, True])
+def test_abandoning_a_client_that_has_ended_its_side(peer: Peer, started: bool) -> None:
+    """R4 P11: the connection ends, not like a whole answer, and nobody's failure is counted."""
+    peer.send(GET)
+    peer.connection.eof_received()
+    assert peer.last.told == ["disconnected"]
+    if started:
+        peer.last.answer(b"part", more=True)
+    peer.last.stream.abandon()
+    assert peer.read().endswith(b"4\r\npart\r\n" if started else b"")
+    assert (peer.open, peer.context.errors, peer.context.requests) == (False, 0, 1)
+    peer.last.stream.abandon()
+    peer.last.stream.fail()
+    assert (peer.context.errors, peer.context.requests) == (0, 1)
+
+
 def test_the_count_of_requests_calls_for_a_successor(peer: Peer) -> None:
     """S12: failures count, refusals do not."""
     calls: list[int] = []

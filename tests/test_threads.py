@@ -8,12 +8,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 
 from apphost.interfaces.threads import ThreadPool
 from tests.rawhttp import DEADLINE
+from tests.support import wait_for
 
 
 class MadeLoop:
@@ -23,6 +25,7 @@ class MadeLoop:
         self.woken: list[Callable[[], None]] = []
         self.soon: list[Callable[[], None]] = []
         self.closed = False
+        self.faults: list[BaseException] = []
 
     def call_soon_threadsafe(self, callback: Callable[[], None]) -> None:
         if self.closed:
@@ -31,6 +34,9 @@ class MadeLoop:
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         self.soon.append(callback)
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        self.faults.append(context["exception"])
 
     def turn(self) -> None:
         """The end of a turn: what was to be called soon is called."""
@@ -135,6 +141,26 @@ def gated() -> tuple[threading.Event, threading.Semaphore, Callable[[], None]]:
         gate.wait(DEADLINE)
 
     return gate, running, wait
+
+
+def test_a_job_that_raises_costs_no_thread() -> None:
+    """G20: nor its place among those that are busy; the loop is told."""
+    pool, loop = made_pool()
+    done = threading.Semaphore(0)
+    errors = [SystemExit(3), ValueError("a defect"), KeyboardInterrupt()]
+
+    def fail(error: BaseException) -> None:
+        raise error
+
+    for error in errors:
+        pool.submit(partial(fail, error))
+    pool.submit(done.release)
+    loop.turn_until(done)
+    wait_for(lambda: pool.busy == 0, what="the last job to be finished")
+    pool._drain()
+    assert loop.faults == errors
+    assert all(thread.is_alive() for thread in pool.threads)
+    pool.close()
 
 
 def test_busy_counts_what_is_not_finished() -> None:

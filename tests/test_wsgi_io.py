@@ -30,7 +30,7 @@ class FakeRequest:
 
     def __init__(self, pieces: list[bytes | None]) -> None:
         self.pieces = pieces
-        self.gone = False
+        self.gone = self.complete = False
         self.asked = 0
         self.interface = self.pool = self.stream = self
 
@@ -131,6 +131,17 @@ def test_client_goes_while_the_application_waits() -> None:
     assert raised == [ClientDisconnected]
 
 
+def test_what_is_left_when_the_response_is_complete() -> None:
+    """G5: thrown away, so a read raises: it neither waits for ever nor looks like the end of the body."""
+    body, request = made([b"more", b"and more"], b"some")
+    assert body.read(6) == b"somemo"
+    request.complete = True
+    assert body.read(2) == b"re"
+    for _ in range(2):
+        with pytest.raises(ClientDisconnected, match="the response is complete"):
+            body.read(1)
+
+
 def test_is_a_binary_file() -> None:
     """G5: for io.TextIOWrapper, io.BufferedReader and what else takes a file."""
     body, _ = made([b"eins\nzw", b"\xc3\xb6lf\n"])
@@ -175,6 +186,16 @@ def test_errors_any_text(tmp_path: Path) -> None:
     assert log.writable()
     with pytest.raises(TypeError):
         log.write(b"bytes\n")  # type: ignore[arg-type]
+
+
+def test_errors_stay_open(tmp_path: Path) -> None:
+    """G6: they belong to every request of the worker, also those after one that has closed them."""
+    path = tmp_path / "log"
+    log = ErrorLog(Log(fd=os.open(path, os.O_WRONLY | os.O_CREAT)), "worker 1")
+    log.close()
+    log.writelines(["still\n", "there\n"])
+    assert not log.closed
+    assert [line.rpartition(": ")[2] for line in path.read_text().splitlines()] == ["still", "there"]
 
 
 def test_errors_of_two_threads_do_not_mix(tmp_path: Path) -> None:
@@ -223,6 +244,19 @@ def test_file_to_send(path: Path) -> None:
         file.read()
         assert file_to_send(FileWrapper(file), False) is None  # nothing is left
     assert file_to_send(FileWrapper(file), False) is None  # closed
+
+
+def test_a_file_with_writes_that_are_not_out_yet() -> None:
+    """G18: the kernel sends what `read` would give. A seek within what was read ahead writes nothing out."""
+    with tempfile.TemporaryFile() as file:
+        file.write(b"A" * 100)
+        file.seek(0)
+        file.read(10)
+        file.write(b"C" * 20)
+        file.seek(2)
+        sent = file_to_send(FileWrapper(file), False)
+        assert sent is not None
+        assert os.pread(sent[0], sent[2], sent[1]) == file.read() == b"A" * 8 + b"C" * 20 + b"A" * 70
 
 
 def test_files_that_are_not_sent(path: Path) -> None:

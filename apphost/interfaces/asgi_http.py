@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from apphost.errors import user_traceback
 from apphost.logs import show_target
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from apphost.interfaces.asgi import AsgiInterface
 
 SPEC_VERSION = "2.5"
+MESSAGE_MAX = 1000  # characters of what an exception says, in one line of the log; its traceback has more
 
 Scope = MutableMapping[str, Any]
 Event = MutableMapping[str, Any]
@@ -89,14 +93,18 @@ class AsgiRequest:
         try:
             result = await interface.app(self.scope(), self.receive, self.send)
         except asyncio.CancelledError as exc:
-            self._fail()
+            self._end(False)
             if self._is_cancelled():
                 raise
             self._report(exc)  # one of the application's own: to us it is an error like any other
         except BaseException as exc:
-            if not (self._over() and is_disconnect(exc)):
-                self._report(exc)
-            self._fail()
+            excused = False
+            try:
+                excused = self._over() and is_disconnect(exc)
+                if not excused:
+                    self._report(exc)
+            finally:  # the client is answered whatever becomes of the report
+                self._end(excused)
         else:
             if result is not None:
                 self._say(f"returned {type(result).__name__} instead of None, which is ignored")
@@ -109,12 +117,16 @@ class AsgiRequest:
 
     def _returned(self) -> None:
         if not self.stream.complete:
-            if self.stream.connected:
+            if self.stream.connected and not self.gone:
                 self._say("returned without completing its response")
-            self._fail()
+            self._end(self.gone)
 
-    def _fail(self) -> None:
-        self.stream.fail()
+    def _end(self, excused: bool) -> None:
+        """There is no more to come of the application. `excused`: because there is no more client."""
+        if excused:
+            self.stream.abandon()
+        else:
+            self.stream.fail()
         self._wake()  # a task that the application has left behind may wait in `receive`
 
     def _over(self) -> bool:
@@ -235,7 +247,12 @@ def add_root_path(root_path: str, path: str, raw_path: bytes) -> tuple[str, byte
     """
     if path == root_path or path.startswith(root_path + "/"):
         return path, raw_path
-    return root_path + path, root_path.encode() + raw_path
+    return root_path + path, _quoted(root_path) + raw_path
+
+
+@lru_cache(maxsize=64)  # proxies tell some
+def _quoted(root_path: str) -> bytes:
+    return quote(root_path, safe="/!$&'()*+,;=:@").encode("ascii")  # RFC 3986, 3.3: what a path holds as it is
 
 
 def failure(exc: BaseException, started: bool) -> str:
@@ -246,25 +263,38 @@ def failure(exc: BaseException, started: bool) -> str:
 def raised(exc: BaseException, outcome: str) -> str:
     """That `exc` was raised, and the `outcome`, in a few words for the log."""
     try:
-        said = str(exc)
-    except Exception:
-        said = ""  # its own __str__ fails; the traceback says so
+        said = str(exc)[:MESSAGE_MAX]
+    except BaseException:  # it is user code
+        said = ""  # the traceback says so
     exits = "" if isinstance(exc, Exception) else "; it asked to end the process, but the worker goes on"
     return f"raised {type(exc).__name__}{f' ({said})' if said else ''}: {outcome}{exits}"
 
 
-def is_disconnect(exc: BaseException | None) -> bool:
-    """Whether `exc` is the `ClientDisconnected` that the application was given, or was raised because of it."""
-    seen = 0
-    while exc is not None and seen < 32:
-        if isinstance(exc, ClientDisconnected):
-            return True
-        members: tuple[BaseException, ...] = getattr(exc, "exceptions", ())
-        if members:
-            return all(map(is_disconnect, members))
-        exc = exc.__cause__ or exc.__context__
-        seen += 1
-    return False
+def is_disconnect(exc: BaseException) -> bool:
+    """Whether `exc` is the `ClientDisconnected` that the application was given, or was raised because of it; of a group
+    all members must be. Chains may be long, and may lead back to where they came from."""
+    waiting: list[BaseException | None] = [exc]
+    seen: set[int] = set()
+    while waiting:
+        link = waiting.pop()
+        while not isinstance(link, ClientDisconnected):
+            if link is None or id(link) in seen:
+                return False
+            seen.add(id(link))
+            members = _members(link)
+            if members:
+                waiting += members
+                break
+            link = link.__cause__ or link.__context__
+    return True
+
+
+def _members(exc: BaseException) -> tuple[BaseException, ...]:
+    """Of an exception group, which before Python 3.11 is that of the package of this name; else none."""
+    kind: Any = getattr(builtins, "BaseExceptionGroup", None)
+    if kind is None:
+        kind = getattr(sys.modules.get("exceptiongroup"), "BaseExceptionGroup", ())
+    return exc.exceptions if isinstance(exc, kind) else ()
 
 
 def as_bytes(data: object) -> bytes:

@@ -53,7 +53,7 @@ class AsgiWebSocket(AsgiRequest):
         del scope["method"]
         scope["type"] = "websocket"
         scope["scheme"] = "wss" if self.stream.scheme == "https" else "ws"
-        scope["subprotocols"] = self.stream.opening.subprotocols
+        scope["subprotocols"] = [*self.stream.opening.subprotocols]
         scope["extensions"]["websocket.http.response"] = {}
         if self.stream.opening.policy is Policy.RESUME:
             self.resume = scope["extensions"][RESUME] = {"state": self.stream.opening.state}
@@ -162,7 +162,7 @@ class AsgiWebSocket(AsgiRequest):
         else:
             super()._returned()
 
-    def _fail(self) -> None:
+    def _end(self, excused: bool) -> None:
         if self._parts():
             return
         if self.stream.opening.rejoins or (self.socket is not None and self.socket.open):
@@ -170,7 +170,7 @@ class AsgiWebSocket(AsgiRequest):
         if self.socket is not None:
             self.socket.close(1011)
         self.stream.opening.abandon(1011)
-        super()._fail()
+        super()._end(excused)
 
     def _parts(self) -> bool:
         """Whether it has finished because another worker's call of the application goes on with the socket."""

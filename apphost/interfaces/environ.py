@@ -54,7 +54,9 @@ def request_environ(base: dict[str, Any], stream: Stream, root_path: str, body: 
         environ["HTTPS"] = "on"  # PEP 3333: as many of Apache's variables as are known
     environ["wsgi.input"] = body
     host, port = stream.server
-    environ["SERVER_NAME"] = host if port is not None else "localhost"  # the path of a Unix socket is no host name
+    if port is None:
+        host = "localhost"  # the path of a Unix socket is no host name
+    environ["SERVER_NAME"] = f"[{host}]" if ":" in host else host  # RFC 3875, 4.1.14: as it stands in a URL
     environ["SERVER_PORT"] = str(port) if port is not None else ("443" if scheme == "https" else "80")
     client = stream.client
     if client is None:

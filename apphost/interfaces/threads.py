@@ -13,6 +13,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 Job = Callable[[], None]
 
@@ -31,7 +32,8 @@ class _Slot:
 class ThreadPool:
     """A fixed number of daemon threads that run jobs. `submit` from the loop, `post` from the threads.
 
-    A job must not raise. Daemon threads, because a thread that hangs in user code must not keep a worker from ending.
+    A job that raises is a defect of ours, and the loop's exception handler is told. Daemon threads, because a thread
+    that hangs in user code must not keep a worker from ending.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, threads: int, name: str = "app") -> None:
@@ -104,9 +106,15 @@ class ThreadPool:
 
     def _run(self, slot: _Slot) -> None:
         while (job := self._take() or self._wait(slot)) is not None:
-            job()
+            try:
+                job()
+            except BaseException as exc:  # a thread that ended would be missed for good, and its requests wait for ever
+                self.post(partial(self._complain, exc))
             slot.finished += 1
             del job  # or the last request of an idle thread would stay in memory
+
+    def _complain(self, exc: BaseException) -> None:
+        self._loop.call_exception_handler({"message": "a job of the thread pool failed", "exception": exc})
 
     def _take(self) -> Job | None:
         jobs = self._jobs

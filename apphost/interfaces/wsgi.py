@@ -230,14 +230,17 @@ class WsgiRequest:
         except TooLong as exc:
             self._say(str(exc))
         except BaseException as exc:
-            if not (self.gone and is_disconnect(exc)):
-                self._say(failure(exc, self.headers_sent), user_traceback(exc))
-            interface.pool.post(self._fail)
+            try:
+                if not self._is_ours(exc):
+                    self._say(failure(exc, self.headers_sent), user_traceback(exc))
+            finally:  # the client is answered whatever becomes of the report
+                interface.pool.post(self._fail)
         else:
             if self.gone:
                 interface.pool.post(self._fail)
-        if self.input is not None:
-            interface.pool.post(interface.uploads.end)
+        finally:
+            if self.input is not None:
+                interface.pool.post(interface.uploads.end)
         if interface.errors.unfinished:
             interface.errors.flush()
 
@@ -260,8 +263,12 @@ class WsgiRequest:
         try:
             close()
         except BaseException as exc:
-            if not (self.gone and is_disconnect(exc)):
+            if not self._is_ours(exc):
                 self._say(raised(exc, "in the close() of its response"), user_traceback(exc))
+
+    def _is_ours(self, exc: BaseException) -> bool:
+        """Whether it is the `ClientDisconnected` that comes back."""
+        return (self.gone or self.stream.complete) and is_disconnect(exc)
 
     def _respond(self, result: Iterable[bytes]) -> None:
         sendable = file_to_send(result, self.headers_sent) if type(result) is FileWrapper else None

@@ -24,8 +24,8 @@ SENDFILE_MAX = 1 << 20  # bytes a system call: long enough to be cheap, short en
 class BodyInput(io.RawIOBase):
     """`wsgi.input` for a body that is still arriving. Read by the application's thread, filled by the event loop.
 
-    Never reads past the body; b"" from its end on. Raises `ClientDisconnected` when the client goes before the end,
-    never a body that only looks complete.
+    Never reads past the body; b"" from its end on. Raises `ClientDisconnected` when the client goes before the end, and
+    when the response is complete and the rest is thrown away: never a body that only looks complete.
     """
 
     def __init__(self, request: WsgiRequest, start: bytes) -> None:
@@ -53,7 +53,7 @@ class BodyInput(io.RawIOBase):
             self._take()
 
     def _take(self) -> None:
-        if self._request.gone:
+        if self._over:
             self._asked = False
             self._ready.notify()
             return
@@ -74,10 +74,19 @@ class BodyInput(io.RawIOBase):
             before = len(self._buffer)
             self._request.interface.pool.post(self._ask)
             while len(self._buffer) == before and self._more:
-                if self._request.gone:
-                    raise ClientDisconnected("the client closed the connection before its request body was complete")
+                if self._over:
+                    raise ClientDisconnected(self._over)
                 self._ready.wait()
             return True
+
+    @property
+    def _over(self) -> str:
+        """Why nothing of the body comes any more, empty as long as it may."""
+        if self._request.gone:
+            return "the client closed the connection before its request body was complete"
+        if self._request.stream.complete:
+            return "the response is complete, and what was left of the request body is thrown away"
+        return ""
 
     def _pop(self, size: int) -> bytes:
         start = self._position
@@ -153,6 +162,9 @@ class ErrorLog(io.TextIOBase):
     def writable(self) -> bool:
         return True
 
+    def close(self) -> None:
+        """PEP 3333 forbids it, and it belongs to all requests of the worker."""
+
     def write(self, text: str, /) -> int:
         thread = threading.get_ident()
         whole, newline, rest = (self.unfinished.pop(thread, "") + text).rpartition("\n")
@@ -193,6 +205,8 @@ def file_to_send(result: FileWrapper, headers_sent: bool) -> tuple[int, int, int
         file = plain_file(result.filelike)
         if file is None:
             return None
+        if type(file) is io.BufferedRandom:
+            file.flush()  # or the kernel would send what was there before the application has written
         fd = file.fileno()
         info = os.fstat(fd)
         # Where the application has read to, which for a buffered file is not where the descriptor stands.

@@ -267,6 +267,10 @@ class Stream(ABC):
     def fail(self) -> None:
         """The application failed: answer 500 when the head is not on the wire yet, else cut the connection."""
 
+    @abstractmethod
+    def abandon(self) -> None:
+        """The application was told that the client is gone, and has left it at that: nobody's failure, and the end."""
+
     def note_call(self) -> None:  # noqa: B027 - a stream need not know
         """The application is called: for an access log that tells how long that took. From any thread."""
 

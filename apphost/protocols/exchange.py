@@ -319,6 +319,14 @@ class Exchange(Stream):
         self.handler = NOBODY
         self.connection.response_failed(self, started)
 
+    def abandon(self) -> None:
+        if self.progress is _DONE:
+            return
+        started = self.progress is _BODY
+        self.progress = _DONE
+        self.handler = NOBODY
+        self.connection.response_abandoned(self, started)
+
     @property
     def ends_with_connection(self) -> bool:
         """Whether the client takes the end of the connection for the end of the body; asked once the head is out."""

@@ -355,6 +355,16 @@ class Connection(Wire):
         self.context.errors += 1
         self._account(exchange, cut=started)
 
+    def response_abandoned(self, exchange: Exchange, started: bool) -> None:
+        """The application has left out what nobody waits for, as the client has ended its side."""
+        if self.phase is not _BUSY:
+            return
+        if started:
+            self._cut(exchange)
+        else:
+            self.linger()
+        self._account(exchange, cut=True)
+
     def _account(self, exchange: Exchange, cut: bool = False) -> None:
         context = self.context
         context.requests += 1

@@ -7,6 +7,7 @@ logging anew, which disables loggers and takes handlers off, does not silence th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import logging.config
@@ -68,7 +69,8 @@ class Relay:
                 try:
                     handler.handle(record)
                 except Exception:
-                    handler.handleError(record)
+                    with contextlib.suppress(Exception):
+                        handler.handleError(record)
 
     def write(self, lines: list[str]) -> None:
         """As a sink of the access log."""

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from apphost.access import Sink
     from apphost.worker.logconfig import LogConfig
 
-DETAIL_MAX = 65536  # characters of a traceback that travel to the arbiter: a recursion error's is longer than useful
-
 # Descriptors beside those of connections: what the application has open, and the twins of connections that move.
 SPARE_DESCRIPTORS = 1024
 
@@ -132,8 +130,7 @@ def _finish(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def _tell_failure(channel: Channel, exc: ApphostError) -> None:
-    detail = exc.detail[-DETAIL_MAX:]
-    channel.send({"t": "failed", "message": exc.message, "detail": detail, "code": int(exc.exit_code)})
+    channel.send({"t": "failed", "message": exc.message, "detail": exc.detail, "code": int(exc.exit_code)})
 
 
 def allow_descriptors(wanted: int) -> None:
