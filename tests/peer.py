@@ -46,12 +46,16 @@ class FakeLoop:
 
 
 class FakeTransport:
+    """Keeps what is written. `sock`, `unsent`: for tests of what the kernel and the transport have not got rid of."""
+
     def __init__(self) -> None:
         self.wire = b""
+        self.sock: Any = None
+        self.unsent = 0
         self.paused = self.closed = self.aborted = self.ended = False
 
     def get_extra_info(self, name: str) -> Any:
-        return {"peername": ("127.0.0.1", 50000), "sockname": ("127.0.0.1", 8000)}.get(name)
+        return {"peername": ("127.0.0.1", 50000), "sockname": ("127.0.0.1", 8000), "socket": self.sock}.get(name)
 
     def write(self, data: bytes) -> None:
         assert not self.ended, "written after the end"
@@ -61,7 +65,7 @@ class FakeTransport:
         self.write(b"".join(pieces))
 
     def get_write_buffer_size(self) -> int:
-        return 0
+        return self.unsent
 
     def can_write_eof(self) -> bool:
         return True

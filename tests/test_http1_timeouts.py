@@ -2,16 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+from collections.abc import Iterator
+
 import pytest
 
 from apphost.protocols.deadlines import RESOLUTION
 from apphost.protocols.exchange import HIGH_WATER
+from apphost.protocols.kernel import taken
 from tests.peer import GET, OK, TIMEOUTS, Peer, post
+from tests.support import linux
 
 
 @pytest.fixture
 def peer() -> Peer:
     return Peer()
+
+
+@contextlib.contextmanager
+def real_sockets(family: socket.AddressFamily) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """The server's end and the client's."""
+    if family == socket.AF_UNIX:
+        ours, theirs = socket.socketpair()
+    else:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            theirs = socket.create_connection(listener.getsockname())
+            ours, _ = listener.accept()
+    with ours, theirs:
+        ours.setblocking(False)
+        yield ours, theirs
+
+
+def fill(sock: socket.socket) -> None:
+    """Until the kernel takes no more."""
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sock.send(bytes(65536))
+
+
+def read_a_little(ours: socket.socket, theirs: socket.socket) -> None:
+    """So that the other side hears of it: the kernels do not tell each other of every byte."""
+    before = taken(ours)
+    while taken(ours) == before:
+        assert theirs.recv(4096)
 
 
 def test_a_silent_connection_is_closed(peer: Peer) -> None:
@@ -171,6 +205,31 @@ def test_a_client_that_reads_on_in_time_is_not_cut_off(peer: Peer) -> None:
     peer.after(3600)
     assert peer.open
     assert peer.last.told == ["resumed"] * 3
+
+
+@linux
+@pytest.mark.parametrize("closing", [False, True])
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX])
+def test_a_client_that_reads_slowly_is_not_cut_off(peer: Peer, family: socket.AddressFamily, closing: bool) -> None:
+    """S16: the kernel asks for more only when megabytes are gone, so what it has got rid of counts, too; also behind
+    the last answer. One that stops has one period more, as what it took at first counts."""
+    with real_sockets(family) as (ours, theirs):
+        fill(ours)
+        peer.transport.sock, peer.transport.unsent = ours, 2**20
+        peer.send(GET)
+        if closing:
+            peer.last.answer(headers=[(b"connection", b"close")])
+            peer.end()
+            assert peer.transport.closed
+        else:
+            peer.last.answer(bytes(100), more=True)
+            peer.connection.pause_writing()
+        for _ in range(4):
+            read_a_little(ours, theirs)
+            peer.after(TIMEOUTS.write + RESOLUTION)
+            assert not peer.transport.aborted
+        peer.after(2 * TIMEOUTS.write + RESOLUTION)
+        assert peer.transport.aborted
 
 
 def test_an_answer_that_nobody_reads_is_given_up(peer: Peer) -> None:

@@ -121,12 +121,6 @@ class Connection(Wire):
         _BEHAVIOUR[self.phase].eof(self)
         return True  # the transport stays open until we close it
 
-    def pause_writing(self) -> None:
-        self.write_paused = True
-        self.unsent = self.transport.get_write_buffer_size()
-        self.write_deadline = self.context.loop.time() + self.context.timeouts.write
-        self.context.deadlines.watch(self)
-
     def resume_writing(self) -> None:
         self.write_paused = False
         self.write_deadline = NEVER
@@ -441,8 +435,8 @@ class Connection(Wire):
     # -- time-outs
 
     def timed_out(self, now: float) -> None:
-        if self.write_deadline <= now and self.transport.get_write_buffer_size() < self.unsent:
-            self.pause_writing()  # it reads, only not as fast as we wrote
+        if self.write_deadline <= now and self._reads_on():
+            self.pause_writing()
         elif self.write_deadline <= now:
             exchange = self.exchange
             self.abort()

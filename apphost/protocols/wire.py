@@ -15,6 +15,7 @@ from apphost.protocols.capsule import BYTES_MAX, Capsule
 from apphost.protocols.context import Context
 from apphost.protocols.deadlines import NEVER, RESOLUTION
 from apphost.protocols.exchange import COPY_MAX, Exchange
+from apphost.protocols.kernel import taken
 from apphost.protocols.websocket import WebSocket
 
 # That of asyncio has no back-pressure before 3.12.9 and 3.13.2 (CVE-2024-12254), and up to 3.14.0 it writes on after
@@ -59,6 +60,7 @@ class Wire(asyncio.Protocol, ABC):
         "scheme",
         "server",
         "slot",
+        "taken",
         "transport",
         "unsent",
         "websocket",
@@ -89,7 +91,10 @@ class Wire(asyncio.Protocol, ABC):
         self.write_paused = False
         self.read_deadline = NEVER
         self.write_deadline = NEVER
-        self.unsent = 0  # bytes that were left to write when its time was last counted
+        # How things were when the client's time to read was last counted: bytes that the transport had left, and what
+        # the client had taken of those that the kernel has.
+        self.unsent = 0
+        self.taken = 0
         self.slot = 0
         self.scheme = "http"
 
@@ -119,21 +124,36 @@ class Wire(asyncio.Protocol, ABC):
         else:
             self.transport.write(before + data + after)
 
+    def pause_writing(self) -> None:
+        self.write_paused = True
+        self._note_unsent()
+        self.write_deadline = self.context.loop.time() + self.context.timeouts.write
+        self.context.deadlines.watch(self)
+
+    def _note_unsent(self) -> None:
+        self.unsent = self.transport.get_write_buffer_size()
+        if self.unsent:
+            self.taken = taken(self.transport.get_extra_info("socket"))
+
+    def _reads_on(self) -> bool:
+        """Whether the client has taken anything since `_note_unsent`: only not as fast as we wrote."""
+        left = self.transport.get_write_buffer_size()
+        return left < self.unsent or taken(self.transport.get_extra_info("socket")) > self.taken
+
     # -- ends
 
     def close(self) -> None:
         """Close after what is written has gone out."""
         self.exchange = None
         self.phase = _CLOSED
-        self.unsent = self.transport.get_write_buffer_size()
+        self._note_unsent()
         self._arm(self.context.loop.time() + self.context.timeouts.write)
         self.transport.close()
 
     def overdue(self) -> None:
-        """Closed long ago: abort, unless the client still reads what is left, only not as fast as we wrote."""
-        left = self.transport.get_write_buffer_size()
-        if left < self.unsent or self.write_paused:  # the latter has a time-out of its own
-            self.unsent = left
+        """Closed long ago: abort, unless the client still reads what is left."""
+        if self.write_paused or self._reads_on():  # the former has a time-out of its own
+            self._note_unsent()
             self._arm(self.context.loop.time() + self.context.timeouts.write)
         else:
             self.abort()

@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import socket
-import struct
 import sys
 import threading
 import time
@@ -24,6 +22,7 @@ from apphost.messages import Channel, Message
 from apphost.protocols.context import Context
 from apphost.protocols.exchange import Exchange
 from apphost.protocols.http1 import Connection
+from apphost.protocols.kernel import byte_counts
 from apphost.protocols.wire import Phase
 from apphost.worker import fingerprint
 
@@ -36,8 +35,6 @@ LINE_MAX = 200  # characters
 PATH_MAX = 200  # characters of a request path
 METHOD_MAX = 20  # characters of a method; the longest registered one has 17, and a client may send thousands
 LOOK_MAX = 1024  # requests in progress that a tick looks at, some 0.2 ms
-
-_TCP_BYTES = 120  # offset in struct tcp_info of tcpi_bytes_acked and, behind it, tcpi_bytes_received (linux/tcp.h)
 
 
 def describe(exchange: Exchange) -> str:
@@ -146,7 +143,7 @@ def describe_connection(connection: Connection, now: float) -> dict[str, Any]:
     does not tell), movable, and why it is not."""
     websocket = connection.websocket
     exchange = connection.exchange
-    received, sent = _bytes(connection)
+    received, sent = byte_counts(connection.transport.get_extra_info("socket")) or (None, None)
     why = _stays(connection)
     protocol = "websocket" if websocket is not None else "http/1.1"
     row: dict[str, Any] = {"peer": escape(connection.peer), "protocol": protocol, "state": connection.phase.value}
@@ -176,20 +173,6 @@ def _stays(connection: Connection) -> str:
     if connection.write_paused or connection.transport.get_write_buffer_size():
         return "the client does not read its answer"
     return ""
-
-
-def _bytes(connection: Connection) -> tuple[int | None, int | None]:
-    """Bytes received, and sent and acknowledged, since the client connected, in whatever worker; Linux and TCP only."""
-    sock: socket.socket | None = connection.transport.get_extra_info("socket")
-    if not sys.platform.startswith("linux") or sock is None or sock.family == socket.AF_UNIX:
-        return None, None
-    try:
-        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_BYTES + 16)
-        acked, received = struct.unpack_from("=QQ", info, _TCP_BYTES)
-    except (OSError, struct.error):
-        return None, None
-    # The SYN of either side counts as one byte in the kernel, until data is acknowledged.
-    return received, max(0, acked - 1)
 
 
 # -- stacks

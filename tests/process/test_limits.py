@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -14,6 +15,7 @@ import pytest
 from tests.load import INTERFACES, serving
 from tests.process.conftest import PROBE
 from tests.process.probing import ANSWER, Probe, script
+from tests.rawhttp import DEADLINE
 from tests.support import Server, connect, linux, request_bytes, wait_for, write_app
 
 RESET = struct.pack("ii", 1, 0)
@@ -118,3 +120,54 @@ def test_clients_that_vanish_leave_nothing_behind(tmp_path: Path, interface: str
         assert cpu(worker) - used < 0.25 * (time.monotonic() - began), "the loop is busy with nothing"
         assert ask(server) == b"200"
         assert "Traceback" not in server.log
+
+
+_BIG = """
+PIECE = bytes(1 << 16)
+async def app(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % (SIZE))]})
+    if scope["path"] == "/whole":
+        await send({"type": "http.response.body", "body": PIECE * (SIZE // len(PIECE))})
+        return
+    for left in reversed(range(SIZE // len(PIECE))):
+        await send({"type": "http.response.body", "body": PIECE, "more_body": left > 0})
+"""
+
+
+@linux
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_clients_that_read_slowly_get_everything(tmp_path: Path, loop: str) -> None:
+    """S16: `write_timeout`, here 1 s, is for one that has stopped to read; the megabytes that the kernel holds for a
+    slow one take it longer than that."""
+    pytest.importorskip(loop)
+    size = 16 << 20
+    write_app(tmp_path, "app", _BIG.replace("SIZE", str(size)))
+    asked = [("/pieces", ()), ("/whole", ()), ("/whole", (("Connection", "close"),))]
+    with (
+        Server("app:app", "--loop", loop, "--write-timeout", "1", cwd=tmp_path) as server,
+        contextlib.ExitStack() as stack,
+    ):
+        clients = [stack.enter_context(narrow(server.port)) for _ in asked]
+        for client, (path, fields) in zip(clients, asked, strict=True):
+            client.sendall(request_bytes("GET", path, fields))
+        got = [0] * len(clients)
+        until = time.monotonic() + 5
+        while time.monotonic() < until:
+            for number, client in enumerate(clients):
+                got[number] += len(client.recv(8192))
+            time.sleep(0.04)  # 200 kB/s: a third of the kernel's buffer takes seconds
+        assert max(got) < size // 4
+        for number, client in enumerate(clients):
+            while got[number] < size and (data := client.recv(1 << 20)):
+                got[number] += len(data)
+        assert min(got) > size
+    assert "Traceback" not in server.log
+
+
+def narrow(port: int) -> socket.socket:
+    """A connection whose client's side holds little, so that the server's holds the rest."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+    sock.settimeout(DEADLINE)
+    sock.connect(("127.0.0.1", port))
+    return sock
