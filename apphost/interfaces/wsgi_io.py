@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from apphost.logs import Log
 from apphost.protocols.base import ClientDisconnected
+from apphost.protocols.kernel import taken_through
 from apphost.protocols.response import ResponseHead
 
 if TYPE_CHECKING:
@@ -293,7 +294,7 @@ def _copy(request: WsgiRequest, sock: int, head: bytes, fd: int, offset: int, co
                 continue
             sent = os.sendfile(sock, fd, offset, min(end - offset, SENDFILE_MAX))
         except BlockingIOError:
-            _wait_writable(request, writable, time.monotonic() + request.stream.context.timeouts.write)
+            _wait_writable(request, writable, sock)
             continue
         except (ConnectionError, TimeoutError):  # the latter: nothing was acknowledged for long (tcp(7), ETIMEDOUT)
             request.gone = True  # the loop may not have noticed yet
@@ -303,9 +304,16 @@ def _copy(request: WsgiRequest, sock: int, head: bytes, fd: int, offset: int, co
         offset += sent
 
 
-def _wait_writable(request: WsgiRequest, writable: select.poll, deadline: float) -> None:
-    while not request.gone and time.monotonic() < deadline:
+def _wait_writable(request: WsgiRequest, writable: select.poll, sock: int) -> None:
+    patience = request.stream.context.timeouts.write
+    before, deadline = taken_through(sock), time.monotonic() + patience
+    while not request.gone:
         if writable.poll(500):
             return
+        if time.monotonic() >= deadline:
+            now = taken_through(sock)
+            if now <= before:
+                break
+            before, deadline = now, time.monotonic() + patience  # it reads, and the kernel does not want more yet
     request.gone = True
     raise ClientDisconnected("the client does not read any more")

@@ -50,6 +50,15 @@ def taken(sock: socket.socket | None) -> int:
     return -waiting
 
 
+def taken_through(fd: int) -> int:
+    """The same for a descriptor."""
+    sock = socket.socket(fileno=fd)
+    try:
+        return taken(sock)
+    finally:
+        sock.detach()
+
+
 class Peer(enum.Enum):
     THERE = enum.auto()
     ENDED = enum.auto()  # it has ended its side, and may still read

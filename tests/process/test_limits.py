@@ -122,36 +122,43 @@ def test_clients_that_vanish_leave_nothing_behind(tmp_path: Path, interface: str
         assert "Traceback" not in server.log
 
 
-_BIG = """
+_BIG = {"asgi": """
 PIECE = bytes(1 << 16)
 async def app(scope, receive, send):
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % (SIZE))]})
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % SIZE)]})
     if scope["path"] == "/whole":
         await send({"type": "http.response.body", "body": PIECE * (SIZE // len(PIECE))})
         return
     for left in reversed(range(SIZE // len(PIECE))):
         await send({"type": "http.response.body", "body": PIECE, "more_body": left > 0})
-"""
+""", "wsgi": """
+PIECE = bytes(1 << 16)
+with open("file", "wb") as file:
+    file.truncate(SIZE)
+def app(environ, start_response):
+    start_response("200 OK", [("Content-Length", str(SIZE))])
+    if environ["PATH_INFO"] == "/whole":
+        return environ["wsgi.file_wrapper"](open("file", "rb"))
+    return (PIECE for _ in range(SIZE // len(PIECE)))
+"""}  # fmt: skip
 
 
 @linux
-@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-def test_clients_that_read_slowly_get_everything(tmp_path: Path, loop: str) -> None:
-    """S16: `write_timeout`, here 1 s, is for one that has stopped to read; the megabytes that the kernel holds for a
-    slow one take it longer than that."""
+@pytest.mark.parametrize(("interface", "loop"), [("asgi", "asyncio"), ("asgi", "uvloop"), ("wsgi", "uvloop")])
+def test_clients_that_read_slowly_get_everything(tmp_path: Path, interface: str, loop: str) -> None:
+    """S16 G18: `write_timeout`, here 1 s, is for one that has stopped to read; the megabytes that the kernel holds for
+    a slow one take it longer than that."""
     pytest.importorskip(loop)
     size = 16 << 20
-    write_app(tmp_path, "app", _BIG.replace("SIZE", str(size)))
+    write_app(tmp_path, "app", _BIG[interface].replace("SIZE", str(size)))
     asked = [("/pieces", ()), ("/whole", ()), ("/whole", (("Connection", "close"),))]
-    with (
-        Server("app:app", "--loop", loop, "--write-timeout", "1", cwd=tmp_path) as server,
-        contextlib.ExitStack() as stack,
-    ):
+    options = ("--loop", loop, "--write-timeout", "1")
+    with Server("app:app", *options, cwd=tmp_path) as server, contextlib.ExitStack() as stack:
         clients = [stack.enter_context(narrow(server.port)) for _ in asked]
         for client, (path, fields) in zip(clients, asked, strict=True):
             client.sendall(request_bytes("GET", path, fields))
         got = [0] * len(clients)
-        until = time.monotonic() + 5
+        until = time.monotonic() + 4
         while time.monotonic() < until:
             for number, client in enumerate(clients):
                 got[number] += len(client.recv(8192))
@@ -160,7 +167,7 @@ def test_clients_that_read_slowly_get_everything(tmp_path: Path, loop: str) -> N
         for number, client in enumerate(clients):
             while got[number] < size and (data := client.recv(1 << 20)):
                 got[number] += len(data)
-        assert min(got) > size
+        assert min(got) >= size
     assert "Traceback" not in server.log
 
 
