@@ -87,6 +87,22 @@ def test_a_client_that_pipelines_and_does_not_read_waits(peer: Peer) -> None:
     assert len(peer.requests) == 2
 
 
+@pytest.mark.parametrize("most", [0, 3, 1000])
+def test_a_head_in_pieces_behind_an_unread_answer(most: int) -> None:
+    """S14: what may wait of it is a setting, but its rest is read when the answer has been."""
+    peer = Peer(limits=Limits(pipelined=most))
+    peer.send(GET)
+    peer.connection.pause_writing()
+    peer.last.answer()
+    peer.send(GET[:9])
+    assert peer.transport.paused == (most < 9)
+    peer.connection.resume_writing()
+    peer.loop.turn()
+    assert not peer.transport.paused
+    peer.send(GET[9:])
+    assert len(peer.requests) == 2
+
+
 def test_nothing_is_served_after_the_last_answer(peer: Peer) -> None:
     """S12 S13"""
     peer.send(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") + GET)

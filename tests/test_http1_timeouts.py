@@ -232,6 +232,41 @@ def test_a_client_that_reads_slowly_is_not_cut_off(peer: Peer, family: socket.Ad
         assert peer.transport.aborted
 
 
+@pytest.mark.parametrize("sent", [GET, GET[:9], b""])
+def test_who_still_reads_an_answer_is_not_idle(peer: Peer, sent: bytes) -> None:
+    """S13 S14: however long it takes, what it has asked for behind it is answered; the idle time begins then."""
+    peer.send(GET)
+    peer.connection.pause_writing()
+    peer.last.answer()
+    if sent:
+        peer.send(sent)
+    for _ in range(4):
+        peer.transport.unsent += 2
+        peer.connection.pause_writing()
+        peer.transport.unsent -= 1
+        peer.nearly(TIMEOUTS.write)
+    assert peer.open
+    peer.connection.resume_writing()
+    peer.loop.turn()
+    if sent != GET:
+        peer.nearly(TIMEOUTS.request_header if sent else TIMEOUTS.keep_alive)
+        peer.send(GET[len(sent) :])
+    assert len(peer.requests) == 2
+
+
+def test_a_head_begun_before_an_unread_answer_is_not_late(peer: Peer) -> None:
+    """S14: its rest may be here, and is looked at when the answer has been read."""
+    peer.send(GET)
+    peer.last.answer()
+    peer.send(GET[:9])
+    peer.connection.pause_writing()  # uvloop says so late
+    peer.send(GET[9:])
+    peer.after(TIMEOUTS.request_header + 1)
+    assert peer.read() == OK
+    peer.connection.resume_writing()
+    assert len(peer.requests) == 2
+
+
 def test_an_answer_that_nobody_reads_is_given_up(peer: Peer) -> None:
     """The response is complete, but not gone out: keep-alive must not hide that."""
     peer.send(GET)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import cast
 
 from apphost.protocols import strict
@@ -28,7 +28,6 @@ from apphost.protocols.deadlines import NEVER
 from apphost.protocols.exchange import DISCARD_MAX, HIGH_WATER, Exchange
 from apphost.protocols.handshake import read_handshake
 from apphost.protocols.opening import Opening, restore_websocket
-from apphost.protocols.response import error_response
 from apphost.protocols.websocket import WebSocket
 from apphost.protocols.wire import Phase, Wire, addresses
 
@@ -129,6 +128,8 @@ class Connection(Wire):
         elif self.websocket is not None:
             self.websocket.write_resumed()
         elif self.phase is _WAITING or self.phase is _HEAD:
+            self._resume()
+            self._await_request()
             self._pump()
             if self.context.on_idle is not None:
                 self.context.on_idle(self)
@@ -398,20 +399,6 @@ class Connection(Wire):
             self.context.access_log.write_refusal(self, refusal.status)
         self._answer(refusal.status, refusal.why, "", refusal.fields)
 
-    def _answer(self, status: int, why: str, method: str, fields: Sequence[tuple[bytes, bytes]] = ()) -> None:
-        response = error_response(status, why, self.context.server_fields.both, fields)
-        if method == "HEAD":
-            response = response[: response.index(b"\r\n\r\n") + 4]
-        self.transport.write(response)
-        self.linger()
-
-    def _cut(self, exchange: Exchange) -> None:
-        """End the connection so that the client sees that the response is incomplete."""
-        if exchange.ends_with_connection:
-            self.abort()
-        else:
-            self.linger()
-
     def close_idle(self) -> None:
         """The worker wants to go: close the connection if nothing of a request is there."""
         if self.phase is _WAITING and not self.buffer:
@@ -446,8 +433,22 @@ class Connection(Wire):
             self.read_deadline = NEVER
             _BEHAVIOUR[self.phase].timeout(self)
 
+    def _await_request(self) -> None:
+        """Give the client its whole time for what it has begun."""
+        timeouts = self.context.timeouts
+        self.expect_within(self.context.keep_alive if self.phase is _WAITING else timeouts.request_header)
+
+    def _timeout_idle(self) -> None:
+        if self.write_paused:  # it reads its last answer, and its next request may be here
+            self._await_request()
+        else:
+            self.close()
+
     def _timeout_head(self) -> None:
-        self.refuse(BadRequest(408, "the request head did not come in time"))
+        if self.write_paused:  # what is missing of the head may be here
+            self._await_request()
+        else:
+            self.refuse(BadRequest(408, "the request head did not come in time"))
 
     def _timeout_body(self) -> None:
         exchange = self.exchange
@@ -480,7 +481,7 @@ class _Behaviour:
 
 
 _BEHAVIOUR = {
-    Phase.WAITING: _Behaviour(Connection.data_received, Connection._eof_idle, Connection.close),
+    Phase.WAITING: _Behaviour(Connection.data_received, Connection._eof_idle, Connection._timeout_idle),
     Phase.HEAD: _Behaviour(Connection.data_received, Connection._eof_idle, Connection._timeout_head),
     Phase.BUSY: _Behaviour(Connection._take_busy, Connection._eof_busy, Connection._timeout_body),
     Phase.UPGRADED: _Behaviour(Connection._take_frames, Connection._eof_upgraded, Connection._timeout_upgraded),

@@ -9,6 +9,7 @@ import socket
 import struct
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from apphost.protocols.capsule import BYTES_MAX, Capsule
@@ -16,6 +17,7 @@ from apphost.protocols.context import Context
 from apphost.protocols.deadlines import NEVER, RESOLUTION
 from apphost.protocols.exchange import COPY_MAX, Exchange
 from apphost.protocols.kernel import taken
+from apphost.protocols.response import error_response
 from apphost.protocols.websocket import WebSocket
 
 # That of asyncio has no back-pressure before 3.12.9 and 3.13.2 (CVE-2024-12254), and up to 3.14.0 it writes on after
@@ -141,6 +143,20 @@ class Wire(asyncio.Protocol, ABC):
         return left < self.unsent or taken(self.transport.get_extra_info("socket")) > self.taken
 
     # -- ends
+
+    def _answer(self, status: int, why: str, method: str, fields: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        response = error_response(status, why, self.context.server_fields.both, fields)
+        if method == "HEAD":
+            response = response[: response.index(b"\r\n\r\n") + 4]
+        self.transport.write(response)
+        self.linger()
+
+    def _cut(self, exchange: Exchange) -> None:
+        """End the connection so that the client sees that the response is incomplete."""
+        if exchange.ends_with_connection:
+            self.abort()
+        else:
+            self.linger()
 
     def close(self) -> None:
         """Close after what is written has gone out."""
