@@ -188,12 +188,13 @@ _FIELD_LINE = re.compile(
 
 def read_responses(wire: bytes, methods: Iterable[str], closed: bool) -> tuple[list[Response], int]:
     """All responses on the wire, and the number of 100 (Continue). `methods` of the requests, in order; when there are
-    more responses, GET is taken. `closed`: the server closed. Raises ValueError for anything that is not well-formed.
+    more responses, the last one is the server's own, to a request that may have been a HEAD. `closed`: the server
+    closed. Raises ValueError for anything that is not well-formed.
     """
     responses = []
     interim = 0
     pending = iter(methods)
-    method = next(pending, "GET")
+    method = next(pending, "")
     while wire:
         head, blank, wire = wire.partition(b"\r\n\r\n")
         if not blank:
@@ -210,7 +211,7 @@ def read_responses(wire: bytes, methods: Iterable[str], closed: bool) -> tuple[l
             continue
         response.body, wire = _read_body(response, wire, method, closed)
         responses.append(response)
-        method = next(pending, "GET")
+        method = next(pending, "")
     return responses, interim
 
 
@@ -220,7 +221,8 @@ def _read_body(response: Response, wire: bytes, method: str, closed: bool) -> tu
         raise ValueError("a response framed twice")
     if len(response.all(b"date")) != 1:
         raise ValueError("a response without one Date")
-    if method == "HEAD" or response.status in (204, 304) or response.status < 200:
+    refused_head = not method and closed and not wire and response.status >= 400
+    if method == "HEAD" or refused_head or response.status in (204, 304) or response.status < 200:
         return b"", wire
     if codings:
         if codings != [b"chunked"]:

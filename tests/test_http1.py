@@ -7,7 +7,7 @@ import pytest
 from apphost.protocols.exchange import DISCARD_MAX, HIGH_WATER
 from apphost.protocols.response import ResponseHead
 from apphost.protocols.strict import Limits
-from tests.peer import GET, LAST_OK, OK, Peer, post
+from tests.peer import GET, LAST_OK, OK, TIMEOUTS, Peer, post
 
 
 @pytest.fixture
@@ -390,6 +390,32 @@ def test_abandoning_a_client_that_has_ended_its_side(peer: Peer, started: bool) 
     peer.last.stream.abandon()
     peer.last.stream.fail()
     assert (peer.context.errors, peer.context.requests) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("method", "wire"),
+    [
+        ("HEAD", b" / HTTP/1.1\r\n\r\n"),
+        ("HEAD", b" / HTTP/1.1\r\nHost: a\r\nExpect: x\r\n\r\n"),
+        ("HEAD", b" / HTTP/1.1\r\nHost : a\r\n\r\n"),
+        ("HEAD", b" / HTTP/1.1\r\nHost: a\n"),
+        ("HEAD", b" / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + b"ZZ\r\n"),
+        ("HEAD", b" / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"),
+        ("HEAD", b" / HTTP/1.1\r\nHost: a\r\n"),
+        ("HEADS", b" / HTTP/1.1\r\n\r\n"),
+        ("GET", b" / HTTP/1.1\r\n\r\n"),
+    ],
+)
+def test_refusals_of_head_requests_have_no_body(peer: Peer, method: str, wire: bytes) -> None:
+    """S7: RFC 9110, 9.3.2. At once, at a bad chunk, and when time is up."""
+    peer.send(b"\r\n" + method.encode() + wire)
+    if peer.requests:
+        peer.send(b"nonsense\r\n")
+    peer.after(TIMEOUTS.request_header + 1)
+    head, end, body = peer.read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 4")
+    assert b"\r\ncontent-length: " in head
+    assert (bool(end), bool(body)) == (True, method != "HEAD")
 
 
 def test_the_count_of_requests_calls_for_a_successor(peer: Peer) -> None:

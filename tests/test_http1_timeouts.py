@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -79,6 +79,31 @@ def test_empty_lines_do_not_prolong_the_wait(peer: Peer) -> None:
     assert peer.open
     peer.after(1 + RESOLUTION)
     assert peer.transport.closed
+
+
+@pytest.mark.parametrize("pieces", [(b"\r",), (b"\r", b"\n"), (b"\r\n\r", b"\n", b"\r")])
+def test_empty_lines_in_pieces_are_no_request(peer: Peer, pieces: tuple[bytes, ...]) -> None:
+    """P9 S13: so the idle time ends without an answer, and is as long as it would be without them."""
+    peer.send(GET)
+    peer.last.answer()
+    peer.read()
+    for piece in pieces:
+        peer.after(1)
+        peer.send(piece)
+    peer.nearly(TIMEOUTS.keep_alive - len(pieces))
+    assert peer.open
+    peer.past()
+    assert peer.transport.closed
+    assert peer.read() == b""
+
+
+@pytest.mark.parametrize("ends", [Peer.end, lambda peer: peer.connection.close_idle()])
+def test_half_an_empty_line_holds_nothing_up(peer: Peer, ends: Callable[[Peer], None]) -> None:
+    """P9 P11 S12"""
+    peer.send(b"\r")
+    ends(peer)
+    assert peer.transport.closed
+    assert peer.read() == b""
 
 
 def test_an_idle_connection_is_closed_after_keep_alive(peer: Peer) -> None:
@@ -166,6 +191,23 @@ def test_a_client_that_waits_for_continue_does_not_stall(peer: Peer) -> None:
     assert peer.open
     peer.past()
     assert peer.status() == 408
+
+
+def test_a_body_that_was_not_asked_for_does_not_stall(peer: Peer) -> None:
+    """R9: RFC 9110, 10.1.1: with the final status before it the client may keep its body, whoever still waits for it.
+    If it comes, it comes under the usual rule."""
+    peer.send(post(9, "Expect: 100-continue"))
+    peer.last.answer(b"first", more=True)
+    assert peer.last.stream.take_body() == (b"", True)
+    peer.after(3600)
+    peer.last.answer(b"second", more=True)
+    assert b"100 Continue" not in peer.read()
+    peer.send(b"body")
+    assert peer.last.stream.take_body() == (b"body", True)
+    peer.nearly(TIMEOUTS.request_body)
+    assert peer.open
+    peer.past()
+    assert not peer.open
 
 
 def test_a_paused_body_does_not_stall(peer: Peer) -> None:

@@ -136,7 +136,9 @@ class Exchange(Stream):
             return data, not decoder.done
         if decoder.done:
             return b"", False
-        if self.expect and self.progress in (_NOTHING, _HELD):
+        if self.expect:
+            if self.started:  # the client may keep its body by now (RFC 9110, 10.1.1), so it is not late
+                return b"", True
             self.expect = False
             self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.connection.body_taken()

@@ -32,7 +32,7 @@ from apphost.protocols.websocket import WebSocket
 from apphost.protocols.wire import Phase, Wire, addresses
 
 _LEADING_CRLF = re.compile(rb"(?:\r\n)+")  # RFC 9112, 2.2: some old clients send CRLF after a body
-
+_NO_REQUEST = (b"", b"\r")  # the latter may be half of such a CRLF
 
 # Looking a member up in its enum costs 0.1 us before Python 3.12.
 _WAITING, _HEAD, _BUSY, _MOVING = Phase.WAITING, Phase.HEAD, Phase.BUSY, Phase.MOVING
@@ -186,7 +186,7 @@ class Connection(Wire):
             if rest and decoder is not None:
                 rest = exchange.feed(rest)
         except BadRequest as refusal:
-            self.refuse(refusal)
+            self.refuse(refusal, raw)
             return
         self.buffer = rest
         self.exchange = exchange
@@ -203,17 +203,17 @@ class Connection(Wire):
 
     def _take_partial(self, data: bytes) -> None:
         self.buffer = data
-        if not data and not self.eof:
-            return
-        if data not in (b"", b"\r"):
+        if data not in _NO_REQUEST:
             try:
                 strict.check_partial(data, self.scanned, self.context.limits)
             except BadRequest as refusal:
-                self.refuse(refusal)
+                self.refuse(refusal, data)
                 return
         self.scanned = max(len(data) - 3, 0)
         if self.eof:
             self.close()
+        elif data in _NO_REQUEST:
+            self.phase = _WAITING  # for no longer than before
         elif self.phase is _WAITING:
             self.phase = _HEAD
             self._arm(self.context.loop.time() + self.context.timeouts.request_header)
@@ -257,7 +257,7 @@ class Connection(Wire):
         if exchange.started:
             self._cut(exchange)
         else:
-            self.refuse(refusal)
+            self.refuse(refusal, exchange.head.method.encode() + b" ")
         exchange.client_gone()
 
     def _discard(self, data: bytes) -> None:
@@ -392,22 +392,22 @@ class Connection(Wire):
 
     # -- ends
 
-    def refuse(self, refusal: BadRequest) -> None:
-        """Answer a request that breaks the rules; nothing after it is processed."""
+    def refuse(self, refusal: BadRequest, begun: bytes) -> None:
+        """Answer a request that breaks the rules, and whose first bytes are `begun`; nothing after it is processed."""
         self.context.log.debug(f"refused a request from {self.peer}: {refusal.status} {refusal.why}")
         if self.context.access_log is not None:
             self.context.access_log.write_refusal(self, refusal.status)
-        self._answer(refusal.status, refusal.why, "", refusal.fields)
+        self._answer(refusal.status, refusal.why, "HEAD" if begun.startswith(b"HEAD ") else "", refusal.fields)
 
     def close_idle(self) -> None:
         """The worker wants to go: close the connection if nothing of a request is there."""
-        if self.phase is _WAITING and not self.buffer:
+        if self.phase is _WAITING and self.buffer in _NO_REQUEST:
             self.close()
 
     # -- the end of the client's side
 
     def _eof_idle(self) -> None:
-        if not self.buffer or self.phase is _HEAD:
+        if self.buffer in _NO_REQUEST or self.phase is _HEAD:
             self.close()
 
     def _eof_busy(self) -> None:
@@ -448,7 +448,7 @@ class Connection(Wire):
         if self.write_paused:  # what is missing of the head may be here
             self._await_request()
         else:
-            self.refuse(BadRequest(408, "the request head did not come in time"))
+            self.refuse(BadRequest(408, "the request head did not come in time"), self.buffer)
 
     def _timeout_body(self) -> None:
         exchange = self.exchange
