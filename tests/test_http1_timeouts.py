@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,6 +12,8 @@ import pytest
 from apphost.protocols.deadlines import RESOLUTION
 from apphost.protocols.exchange import HIGH_WATER
 from apphost.protocols.kernel import taken
+from apphost.protocols.strict import Limits
+from apphost.protocols.wire import LOOK
 from tests.peer import GET, OK, TIMEOUTS, Peer, post
 from tests.support import linux
 
@@ -18,6 +21,9 @@ from tests.support import linux
 @pytest.fixture
 def peer() -> Peer:
     return Peer()
+
+
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close resets
 
 
 @contextlib.contextmanager
@@ -208,6 +214,37 @@ def test_a_body_that_was_not_asked_for_does_not_stall(peer: Peer) -> None:
     assert peer.open
     peer.past()
     assert not peer.open
+
+
+@linux
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX])
+@pytest.mark.parametrize("end", ["reset", "half", "none"])
+def test_the_end_of_a_client_that_is_not_read_from(family: socket.AddressFamily, end: str) -> None:
+    """R4 S14: behind more requests than may wait its end is not read, but it is looked for."""
+    peer = Peer(limits=Limits(pipelined=0))
+    with real_sockets(family) as (ours, theirs):
+        peer.transport.sock = ours
+        peer.send(GET)
+        peer.send(GET)
+        assert peer.transport.paused
+        theirs.send(GET)
+        peer.after(3600)
+        assert peer.last.told == []
+        if end == "reset":
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            theirs.close()
+        elif end == "half":
+            theirs.shutdown(socket.SHUT_WR)
+        peer.after(LOOK + RESOLUTION)
+        assert peer.transport.aborted == (end == "reset")
+        assert peer.last.told == (["disconnected"] if end == "half" else [])
+        if peer.open:
+            peer.last.answer()
+            peer.loop.turn()
+            peer.after(LOOK + RESOLUTION)
+            assert peer.read() == OK
+            assert len(peer.requests) == 2
+            assert peer.last.told == []  # what comes next is read
 
 
 def test_a_paused_body_does_not_stall(peer: Peer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +13,14 @@ from apphost.interfaces.asgi import AsgiInterface
 from apphost.logs import Log
 from apphost.protocols.base import Stream
 from apphost.protocols.context import Context
+from apphost.protocols.exchange import HIGH_WATER
 from apphost.protocols.frames import TEXT
 from apphost.protocols.h11_parser import H11Parser
 from apphost.protocols.http1 import Connection
 from apphost.protocols.websocket import TRANSITIONS, Life, WebSocket, WebSocketOptions, read_on_reload
 from apphost.protocols.wire import Phase
 from tests.peer import Peer, Request
+from tests.support import linux
 from tests.transport import FakeTransport
 
 HANDSHAKE = (
@@ -253,3 +256,21 @@ def test_what_a_client_says_before_it_closes_is_heard_though_the_socket_was_to_m
         return await play.end()
 
     assert asyncio.run(run()) == [("connect", None), ("receive", "bye"), ("disconnect", 3000)]
+
+
+@linux
+def test_a_client_that_is_lost_while_nobody_reads() -> None:
+    """W16: its ping has no answer, which may be unread, so the socket is looked at itself."""
+    chat = Chat()
+    ours, theirs = socket.socketpair()
+    chat.transport.sock = ours
+    with ours, theirs:
+        for _ in range(HIGH_WATER // 100 + 1):
+            chat.send(text("x" * 100))
+        assert chat.transport.paused
+        for _ in range(3):
+            chat.socket.timed_out()
+        assert not chat.transport.aborted
+        theirs.close()
+        chat.socket.timed_out()
+        assert chat.transport.aborted

@@ -27,9 +27,10 @@ from apphost.protocols.context import Context
 from apphost.protocols.deadlines import NEVER
 from apphost.protocols.exchange import DISCARD_MAX, HIGH_WATER, Exchange
 from apphost.protocols.handshake import read_handshake
+from apphost.protocols.kernel import Peer
 from apphost.protocols.opening import Opening, restore_websocket
 from apphost.protocols.websocket import WebSocket
-from apphost.protocols.wire import Phase, Wire, addresses
+from apphost.protocols.wire import LOOK, Phase, Wire, addresses
 
 _LEADING_CRLF = re.compile(rb"(?:\r\n)+")  # RFC 9112, 2.2: some old clients send CRLF after a body
 _NO_REQUEST = (b"", b"\r")  # the latter may be half of such a CRLF
@@ -226,6 +227,8 @@ class Connection(Wire):
         assert exchange is not None
         if exchange.body_complete:
             self._keep(self.buffer + data)
+            if self.read_paused:
+                self.expect_within(LOOK)
             return
         try:
             self.buffer = exchange.feed(data)
@@ -450,10 +453,15 @@ class Connection(Wire):
         else:
             self.refuse(BadRequest(408, "the request head did not come in time"), self.buffer)
 
-    def _timeout_body(self) -> None:
+    def _timeout_busy(self) -> None:
         exchange = self.exchange
         assert exchange is not None
-        self._refuse_body(exchange, BadRequest(408, "the request body did not come in time"))
+        if not exchange.body_complete:
+            self._refuse_body(exchange, BadRequest(408, "the request body did not come in time"))
+            return
+        self.expect_within(LOOK)
+        if self.look_at_client() is Peer.ENDED:  # what it has asked for before is still answered
+            exchange.handler.disconnected()
 
     def _keep_moving(self, data: bytes) -> None:
         """Bytes in spite of the pause: read, so whoever goes on with the connection must get them. We do: the sender
@@ -483,7 +491,7 @@ class _Behaviour:
 _BEHAVIOUR = {
     Phase.WAITING: _Behaviour(Connection.data_received, Connection._eof_idle, Connection._timeout_idle),
     Phase.HEAD: _Behaviour(Connection.data_received, Connection._eof_idle, Connection._timeout_head),
-    Phase.BUSY: _Behaviour(Connection._take_busy, Connection._eof_busy, Connection._timeout_body),
+    Phase.BUSY: _Behaviour(Connection._take_busy, Connection._eof_busy, Connection._timeout_busy),
     Phase.UPGRADED: _Behaviour(Connection._take_frames, Connection._eof_upgraded, Connection._timeout_upgraded),
     Phase.DISCARDING: _Behaviour(Connection._discard, Connection.close, Connection.linger),
     Phase.MOVING: _Behaviour(Connection._keep_moving, Connection._ignore, Connection._ignore),

@@ -423,6 +423,7 @@ class WebSocket:
             self.connection.write(close_frame(self.code, self.reason))
             self._end()
         elif self._ping:  # the answer may be there, but we do not read: the application is slow, not the client
+            self.connection.look_at_client()
             self._await_pong()
         else:
             self._ping = os.urandom(4)

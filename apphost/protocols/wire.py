@@ -16,13 +16,15 @@ from apphost.protocols.capsule import BYTES_MAX, Capsule
 from apphost.protocols.context import Context
 from apphost.protocols.deadlines import NEVER, RESOLUTION
 from apphost.protocols.exchange import COPY_MAX, Exchange
-from apphost.protocols.kernel import taken
+from apphost.protocols.kernel import Peer, look_at_peer, taken
 from apphost.protocols.response import error_response
 from apphost.protocols.websocket import WebSocket
 
 # That of asyncio has no back-pressure before 3.12.9 and 3.13.2 (CVE-2024-12254), and up to 3.14.0 it writes on after
 # the connection was lost.
 _BROKEN_WRITELINES = (3, 12) <= sys.version_info < (3, 14, 1)
+
+LOOK = 2.0  # s between two looks at a client that is not read from: its end would not be heard
 
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER, on, 0 s: close sends RST
 
@@ -244,6 +246,13 @@ class Wire(asyncio.Protocol, ABC):
     def pause_again(self) -> None:
         if self.read_paused and not self.transport.is_closing():
             self.transport.pause_reading()
+
+    def look_at_client(self) -> Peer:
+        """How it is, while nothing is read from it. A lost one is done with, as when the loop finds out."""
+        peer = look_at_peer(self.transport.get_extra_info("socket"))
+        if peer is Peer.LOST:
+            self.transport.abort()
+        return peer
 
     def lendable_socket(self) -> int | None:
         """A duplicate of the socket's descriptor for writing past the transport, None when that cannot be done."""

@@ -44,6 +44,20 @@ def test_requests_beyond_the_limit_are_turned_away(serve: Callable[..., Server])
     assert probe.request("/").status == 200
 
 
+@linux
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_clients_that_vanish_behind_unread_requests(serve: Callable[..., Server], loop: str) -> None:
+    """R4 S14: the place of one that has pipelined more than may wait becomes free."""
+    pytest.importorskip(loop)
+    probe = Probe(serve(PROBE, "--limit-requests", "1", "--limit-pipelined", "0", "--loop", loop))
+    with probe.client() as client:
+        client.send(request_bytes("GET", script(("until", "http.disconnect"), *ANSWER).target))
+        wait_for(lambda: probe.request("/").status == 503)
+        client.send(GET + GET)
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    wait_for(lambda: probe.request("/").status == 200)
+
+
 def test_wsgi_requests_that_wait_for_a_thread_count(tmp_path: Path) -> None:
     """The queue in front of the threads is what grows under load, so the limit is for it, too."""
     write_app(
