@@ -119,14 +119,14 @@ class Request:
 class Peer:
     """A connection and both of its ends."""
 
-    def __init__(self, *, limits: Limits | None = None, parser: Any = None) -> None:
+    def __init__(self, *, limits: Limits | None = None, timeouts: Timeouts = TIMEOUTS, parser: Any = None) -> None:
         self.loop = FakeLoop()
         self.context = Context(
             cast(asyncio.AbstractEventLoop, self.loop),
             parser or H11Parser(),
             Log("error"),
             limits=limits,
-            timeouts=TIMEOUTS,
+            timeouts=timeouts,
             server_fields=ServerFields(date=False, server=False),
         )
         self.context.interface = self  # type: ignore[assignment]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
+from typing import cast
+
 import pytest
 
 from apphost.protocols.exchange import DISCARD_MAX, HIGH_WATER
+from apphost.protocols.http1 import Connection
 from apphost.protocols.response import ResponseHead
 from apphost.protocols.strict import Limits
-from tests.peer import GET, LAST_OK, OK, TIMEOUTS, Peer, post
+from tests.peer import GET, LAST_OK, OK, TIMEOUTS, FakeTransport, Peer, post
 
 
 @pytest.fixture
@@ -121,6 +126,27 @@ def test_a_worker_that_closes_says_so(peer: Peer) -> None:
     peer.last.answer()
     assert peer.read() == LAST_OK
     assert not peer.open
+
+
+@pytest.mark.parametrize("request_", [GET, b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", post(2) + b"hi"])
+@pytest.mark.parametrize("more", [False, True])
+def test_without_keep_alive_every_answer_says_so(request_: bytes, more: bool) -> None:
+    """S12: RFC 9112, 9.6. Also those whose like came before."""
+    peer = Peer(timeouts=replace(TIMEOUTS, keep_alive=0))
+    for before in range(3):
+        peer.transport = FakeTransport()
+        peer.connection = Connection(peer.context)
+        peer.connection.connection_made(cast(asyncio.Transport, peer.transport))
+        peer.send(request_ + GET)
+        peer.last.answer(b"ok", more=more)
+        if more:
+            peer.last.answer()
+        peer.loop.turn()
+        wire = peer.read()
+        assert b"\r\nconnection: close\r\n" in wire
+        assert b"keep-alive" not in wire
+        assert not peer.open
+        assert len(peer.requests) == before + 1
 
 
 @pytest.mark.parametrize("leading", [b"\r\n", b"\r\n\r\n", b"\r\n" * 30])

@@ -82,7 +82,8 @@ class RequestHead:
     fields: where `headers` and their meaning come from.
     raw_path, query: the target split at its first `?`, still encoded; the query is b"" when there is none.
     content_length: bytes, or None when not declared. chunked: the body has chunked framing.
-    keep_alive: what the client wishes. expect: it waits for `100 Continue`. upgrade: it asks for a WebSocket.
+    keep_alive: what the client wishes, where connections are kept. expect: it waits for `100 Continue`. upgrade: it
+    asks for a WebSocket.
     """
 
     __slots__ = (

@@ -44,7 +44,7 @@ class Recorder(Protocol):
 class Timeouts:
     """In seconds; each ends one kind of waiting for a client."""
 
-    keep_alive: float = 75.0  # for the next request
+    keep_alive: float = 75.0  # for the next request; 0: there is none
     request_header: float = 15.0  # for the first byte of the first request, and for the rest of any head
     request_body: float = 30.0  # for the next byte of a body
     write: float = 60.0  # for the client to read on
@@ -119,8 +119,8 @@ class Context:
         self.loop = loop
         self.log = log
         self.limits = limits or Limits()
-        self.heads = HeadReader(parser, self.limits, underscores)
         self.timeouts = timeouts or Timeouts()
+        self.heads = HeadReader(parser, self.limits, underscores, persistent=self.timeouts.keep_alive > 0)
         self.server_fields = server_fields or ServerFields(date=True, server=True)
         self.access_log = access_log
         self.websockets = websockets

@@ -81,12 +81,16 @@ class Shape(NamedTuple):
 
 
 class HeadReader:
-    """Reads the heads of all connections of a worker. `underscores`: see `strict.examine_fields`."""
+    """Reads the heads of all connections of a worker. `underscores`: see `strict.examine_fields`. `persistent`: whether
+    connections are kept when their clients wish it; decided here, where it is remembered, so that it costs no request
+    anything.
+    """
 
-    __slots__ = ("_easy", "_known", "_limits", "_parser", "_shapes", "_tails", "_underscores")
+    __slots__ = ("_easy", "_known", "_limits", "_parser", "_persistent", "_shapes", "_tails", "_underscores")
 
-    def __init__(self, parser: HeadParser, limits: Limits, underscores: str) -> None:
+    def __init__(self, parser: HeadParser, limits: Limits, underscores: str, *, persistent: bool = True) -> None:
         self._parser = parser
+        self._persistent = persistent
         self._limits = limits
         self._underscores = underscores
         self._easy = limits.easy
@@ -117,7 +121,9 @@ class HeadReader:
             headers = strict.split_fields(raw)
         # Most heads have no underscore anywhere, and one search of the whole is cheaper than one for each name.
         underscores = self._underscores if UNDERSCORE in raw else "allow"
-        return method, target, examine_fields(headers, VERSIONS[version], underscores)
+        fields = examine_fields(headers, VERSIONS[version], underscores)
+        fields.keep_alive = fields.keep_alive and self._persistent
+        return method, target, fields
 
     def _read_tail(self, raw: bytes, tail: bytes) -> Fields:
         """What stands behind the target of `raw`, and is not known as a whole. Raises `BadRequest`."""
