@@ -175,6 +175,17 @@ def test_a_body_that_stalls_is_answered_408(peer: Peer, framing: str) -> None:
     assert peer.last.stream.complete
 
 
+def test_asking_for_a_body_does_not_prolong_its_time(peer: Peer) -> None:
+    """P10: only bytes do, whatever the application does while it waits for them."""
+    peer.send(post(9) + b"abc")
+    for _ in range(int(TIMEOUTS.request_body)):
+        peer.last.stream.take_body()
+        assert peer.open
+        peer.after(1)
+    peer.after(RESOLUTION)
+    assert peer.status() == 408
+
+
 def test_a_body_that_stalls_within_the_response_ends_it(peer: Peer) -> None:
     """A6: there can be no second answer."""
     peer.send(post(9) + b"abc")

@@ -252,7 +252,8 @@ class Connection(Wire):
         """The application has taken, or waits for, what there is of the body."""
         exchange = self.exchange
         if exchange is not None and not exchange.body_complete:
-            self._arm(self.context.loop.time() + self.context.timeouts.request_body)
+            if self.read_deadline == NEVER:  # else it asks again, and the client is no less late for that
+                self.expect_within(self.context.timeouts.request_body)
             self._resume()
 
     def _refuse_body(self, exchange: Exchange, refusal: BadRequest) -> None:
