@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from apphost.protocols.deadlines import RESOLUTION
-from apphost.protocols.exchange import HIGH_WATER
+from apphost.protocols.exchange import HIGH_WATER, Exchange
 from apphost.protocols.kernel import taken
 from apphost.protocols.strict import Limits
 from apphost.protocols.wire import LOOK
@@ -427,3 +427,44 @@ def test_an_unread_body_that_stalls_ends_the_connection(peer: Peer) -> None:
     peer.past()
     assert not peer.open
     assert peer.read() == b""
+
+
+def _vanish(peer: Peer) -> None:
+    peer.lose()
+
+
+def _end_within_the_body(peer: Peer) -> None:
+    peer.end()
+
+
+def _read_nothing(peer: Peer) -> None:
+    peer.connection.pause_writing()
+    peer.after(TIMEOUTS.write + RESOLUTION)
+
+
+def _send_nothing(peer: Peer) -> None:
+    peer.after(TIMEOUTS.request_body + RESOLUTION)
+
+
+def _send_nonsense(peer: Peer) -> None:
+    peer.send(b"nonsense\r\n")
+
+
+@pytest.mark.parametrize("way", [_vanish, _end_within_the_body, _read_nothing, _send_nothing, _send_nonsense])
+def test_an_answer_that_is_cut_short_has_its_line(peer: Peer, way: Callable[[Peer], None]) -> None:
+    """In the access log, once, whatever has cut it."""
+    lines: list[tuple[int, int, bool]] = []
+
+    class Recorder:
+        def write(self, exchange: Exchange, cut: bool = False) -> None:
+            lines.append((exchange.status, exchange.sent, cut))
+
+    peer.context.access_log = Recorder()  # type: ignore[assignment]
+    peer.send(post(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked") + b"3\r\nabc\r\n")
+    peer.last.answer(b"part", more=True)
+    way(peer)
+    peer.after(TIMEOUTS.linger + RESOLUTION)
+    if way is not _vanish:
+        peer.lose()
+    assert lines == [(200, 4, True)]
+    assert peer.last.told[-1] == "disconnected"

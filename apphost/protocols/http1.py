@@ -148,9 +148,7 @@ class Connection(Wire):
             self.websocket.lost()
             self.websocket = None
         if exchange is not None and phase is not _DISCARDING:
-            exchange.client_gone()
-            if context.access_log is not None:
-                context.access_log.write(exchange, cut=True)
+            self._lose(exchange)
         context.on_closed()
 
     # -- request heads
@@ -260,9 +258,10 @@ class Connection(Wire):
         """The body of a request in progress is wrong: an answer if that is still possible, and the end."""
         if exchange.started:
             self._cut(exchange)
+            self._lose(exchange)
         else:
             self.refuse(refusal, exchange.head.method.encode() + b" ")
-        exchange.client_gone()
+            exchange.client_gone()
 
     def _discard(self, data: bytes) -> None:
         """Bytes of a body that nobody will read."""
@@ -421,7 +420,7 @@ class Connection(Wire):
             exchange.handler.disconnected()
         else:
             self.close()
-            exchange.client_gone()
+            self._lose(exchange)
 
     # -- time-outs
 
@@ -429,10 +428,10 @@ class Connection(Wire):
         if self.write_deadline <= now and self._reads_on():
             self.pause_writing()
         elif self.write_deadline <= now:
-            exchange = self.exchange
+            exchange = self.exchange if self.phase is _BUSY else None
             self.abort()
             if exchange is not None:
-                exchange.client_gone()
+                self._lose(exchange)
         else:
             self.read_deadline = NEVER
             _BEHAVIOUR[self.phase].timeout(self)

@@ -160,6 +160,12 @@ class Wire(asyncio.Protocol, ABC):
         else:
             self.linger()
 
+    def _lose(self, exchange: Exchange) -> None:
+        """The client gets no more of this answer."""
+        exchange.client_gone()
+        if self.context.access_log is not None:
+            self.context.access_log.write(exchange, cut=True)
+
     def close(self) -> None:
         """Close after what is written has gone out."""
         self.exchange = None
