@@ -109,6 +109,7 @@ def example(make: Callable[[bytes], Channel], fleet: Fleet | None = None) -> Arb
         plain=[4],
         control=6,
         history={"started": 1.5, "replaced": {"reload": 2}, "ends": [{"at": 3.5, "why": "crashed"}]},
+        clock=(16.5, 4016.5),
     )
 
 
@@ -248,12 +249,14 @@ def test_missing_keys_have_their_defaults() -> None:
         del wire["fleet"]["workers"]["3"]["stale"]
         del wire["workers"][0]["errors"]
         del wire["settings"]["canary"]
+        del wire["clock"]
         state = back(wire)
     assert state.fleet.crashes == 0
     assert state.fleet.config.canary == 0.0
     assert state.fleet.workers[3].stale is False
     assert state.workers[0].errors == 0
     assert state.settings.canary == 0.0
+    assert state.clock is None
 
 
 @pytest.mark.parametrize("version", [None, 0, VERSION + 1, str(VERSION), [VERSION]])

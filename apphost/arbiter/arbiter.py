@@ -15,6 +15,7 @@ from typing import Any
 
 from apphost.arbiter import canary, reports, successors
 from apphost.arbiter import vocabulary as v
+from apphost.arbiter.clock import NAP, Clock
 from apphost.arbiter.fleet import Fleet, next_deadline, step
 from apphost.arbiter.forkservers import REST_READS, ForkServers
 from apphost.arbiter.hub import Hub
@@ -71,6 +72,7 @@ class Arbiter:
         self.listeners = listeners
         self.log = log
         self.hub = Hub(log)
+        self.clock = Clock()
         self.fleet = Fleet(fleet_config(loaded.settings))
         self.workers: dict[int, WorkerProcess] = {}
         self.fork_servers = ForkServers(self.hub, source, listeners, self._hear_of_worker)
@@ -78,7 +80,7 @@ class Arbiter:
         self._events: deque[v.Event] = deque()
         self._asked_at: dict[int, float] = {}  # generation to the moment its first worker was asked for
         self._stirred = True  # something has happened, other than beats, since `_settle`
-        self._due = 0.0  # monotonic; nothing needs to be settled before, unless something happens
+        self._due = 0.0  # by the clock; nothing needs to be settled before, unless something happens
         self._exit: ExitCode | None = None
         self._failures: dict[int, Failure] = {}  # generation to why its first worker failed
         self._canary: tuple[int, dict[int, canary.Answers]] | None = None  # its wid; the old workers' counts before it
@@ -90,9 +92,12 @@ class Arbiter:
         """Run until there is nothing left to do; the exit code."""
         self.hub.catch((*_SIGNALS, signal.SIGUSR2, signal.SIGCHLD))
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        self.clock.turn()
         self._feed(first)
         while self._exit is None:
             todo = self.hub.wait(self._timeout())
+            if lost := self.clock.turn():
+                self.log.warning(f"the arbiter stood still for {lost:.1f} s; no deadline of a worker counts that")
             # First: a TERM that everybody has got must not be taken for the death of a worker that was quicker.
             self._take_signals()
             for do in todo:
@@ -109,7 +114,7 @@ class Arbiter:
 
         Not after mere beats, which move deadlines away: 64 workers send 128 a second, and this looks at all of them.
         """
-        if not self._stirred and time.monotonic() < self._due:
+        if not self._stirred and self.clock.now < self._due:
             return False
         self._notice_lost_workers()
         self._feed(v.Tick())
@@ -119,11 +124,11 @@ class Arbiter:
         self._stirred = False
         return True
 
-    def _timeout(self) -> float | None:
+    def _timeout(self) -> float:
         if self._stirred:
             return 0.0
-        due = min((self._due, *(each.deadline for each in self.services if each.deadline is not None)))
-        return max(0.0, due - time.monotonic()) if due < NEVER else None
+        due = min((each.deadline for each in self.services if each.deadline is not None), default=NEVER)
+        return max(0.0, min(NAP, self.clock.until(self._due), due - time.monotonic()))
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -152,7 +157,7 @@ class Arbiter:
             return
         while self._events:
             event = self._events[0]
-            actions = step(self.fleet, event, time.monotonic())
+            actions = step(self.fleet, event, self.clock.now)
             if isinstance(event, v.WorkerReady):  # before what follows from it is told
                 self.tell(What.READY, worker=self.workers.get(event.wid))
             for action in actions:
@@ -187,9 +192,8 @@ class Arbiter:
 
     def _notice_lost_workers(self) -> None:
         """A worker whose channel has ended without its exit being reported."""
-        now = time.monotonic()
         for worker in list(self.workers.values()):
-            if worker.lost_at is None or now < worker.lost_at + LOST_GRACE:
+            if worker.lost_at is None or self.clock.now < worker.lost_at + LOST_GRACE:
                 continue
             if self.fork_servers.get(worker.generation) is None and not self._subreaper:
                 self._worker_ended(worker, None)
@@ -292,7 +296,7 @@ class Arbiter:
 
     def _worker_lost(self, worker: WorkerProcess) -> None:
         if worker.wid in self.workers:
-            worker.lost_at = time.monotonic()
+            worker.lost_at = self.clock.now
             self._stirred = True
 
     def _worker_ended(self, worker: WorkerProcess, status: int | None) -> None:
@@ -411,7 +415,7 @@ class Arbiter:
             # Nobody survives the first one, so it is the fork server that does not tell; then we hear of it ourselves.
             self.log.warning(f"the fork server of generation {server.generation} does not answer and is killed")
             kill(server.pid, signal.SIGKILL)
-            worker.lost_at = time.monotonic()
+            worker.lost_at = self.clock.now
         worker.killed = True
         self._signal(worker, signal.SIGKILL)
 

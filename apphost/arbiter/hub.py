@@ -58,9 +58,11 @@ class Hub:
 
     # -- channels
 
-    def wait(self, timeout: float | None) -> list[Callable[[], None]]:
+    def wait(self, timeout: float) -> list[Callable[[], None]]:
         """Wait for something, for at most `timeout` seconds. What is to be done about it, for the caller to call."""
-        return [lambda key=key, mask=mask: key.data(mask) for key, mask in self._selector.select(timeout)]  # type: ignore[misc]
+        # Whoever is stopped in `select`, beyond its time, is told of nothing that has come: hence the second look.
+        found = self._selector.select(timeout) or self._selector.select(0)
+        return [lambda key=key, mask=mask: key.data(mask) for key, mask in found]  # type: ignore[misc]
 
     def gather(self, seconds: float) -> None:
         """Let what comes gather for so long, so that one turn takes up all of it; a signal ends this."""

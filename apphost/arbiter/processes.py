@@ -70,7 +70,7 @@ class WorkerProcess:
     measures: dict[str, list[int]] = field(default_factory=dict)  # where there is an admin listener
     code: dict[str, Any] = field(default_factory=dict)  # the fingerprint of what it has imported
     failure: Failure | None = None
-    lost_at: float | None = None  # when its channel ended
+    lost_at: float | None = None  # when its channel ended, by the arbiter's clock
     expected: bool = False  # it was told to go, or said that it goes
     successors: list[int] = field(default_factory=list)  # the workers that it can hand its connections to
     killed: bool = False

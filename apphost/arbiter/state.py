@@ -38,7 +38,7 @@ class ArbiterState:
     leaving: fork servers whose channels have ended, so only their exits are awaited. own_sockets: path and
     identity of the Unix sockets to remove at the end. pidfile: path and locked descriptor. plain: those of `listeners`
     where no TLS is spoken in any case. control: the listening control socket, -1: none. admin: the listeners
-    there. history: that of `status`.
+    there. history: that of `status`. clock: `now` and `at` of the arbiter's, whose time the fleet's moments are of.
     """
 
     fleet: Fleet
@@ -54,6 +54,7 @@ class ArbiterState:
     control: int = -1
     admin: list[int] = field(default_factory=list)
     history: dict[str, Any] = field(default_factory=dict)
+    clock: tuple[float, float] | None = None
 
     @property
     def descriptors(self) -> list[int]:
@@ -95,6 +96,7 @@ class ArbiterState:
                 control=int(wire.get("control", -1)),
                 admin=[int(fd) for fd in wire.get("admin", ())],
                 history=dict(wire.get("history", {})),
+                clock=_clock(wire.get("clock")),
             )
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as exc:
             raise StateError(f"{type(exc).__name__}: {exc}") from None
@@ -119,6 +121,13 @@ def _to_wire(value: Any) -> Any:
 def _identity(wire: Any) -> Identity:
     device, inode, changed = map(int, wire)
     return device, inode, changed
+
+
+def _clock(wire: Any) -> tuple[float, float] | None:
+    if wire is None:
+        return None
+    now, at = map(float, wire)
+    return now, at
 
 
 def _known(kind: type[Any], wire: Mapping[str, Any]) -> dict[str, Any]:

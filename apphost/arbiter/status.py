@@ -7,6 +7,7 @@ import platform
 from typing import TYPE_CHECKING, Any
 
 import apphost
+from apphost.arbiter.clock import Clock
 from apphost.arbiter.fleet import KILL_GRACE
 from apphost.arbiter.fleet import Worker as Member
 from apphost.arbiter.history import History
@@ -28,7 +29,8 @@ def status(arbiter: Arbiter, history: History, now: float) -> Status:
     """`now`: monotonic. Times are seconds, sizes bytes; `at` is Unix time."""
     fleet = arbiter.fleet
     settings = arbiter.settings
-    workers = [worker_status(worker, fleet.workers.get(wid), now) for wid, worker in arbiter.workers.items()]
+    clock = arbiter.clock
+    workers = [worker_status(worker, fleet.workers.get(wid), now, clock) for wid, worker in arbiter.workers.items()]
     state, what = _state(arbiter, workers)
     given_up = history.given_up
     ok = state == "serving" and not given_up and not _silent(workers)
@@ -50,9 +52,9 @@ def status(arbiter: Arbiter, history: History, now: float) -> Status:
         "complete": fleet.complete,
         "reload_waits": fleet.again,
         "size": fleet.size,
-        "canary_left": _left(fleet.canary_until, now),
-        "stop_in": None if fleet.stopping else _left(fleet.stop_at, now),
-        "pause_left": _left(fleet.not_before, now),
+        "canary_left": _left(fleet.canary_until, clock),
+        "stop_in": None if fleet.stopping else _left(fleet.stop_at, clock),
+        "pause_left": _left(fleet.not_before, clock),
         "listening": [
             describe(listener, bool(settings.tls_certfile)) for listener in arbiter.listeners if listener.fileno() >= 0
         ],
@@ -97,8 +99,8 @@ def _silent(workers: list[Status]) -> list[int]:
     return [worker["worker"] for worker in workers if "silent" in worker and worker["state"] == State.READY.value]
 
 
-def worker_status(worker: WorkerProcess, member: Member | None, now: float) -> Status:
-    """`member`: what the fleet knows of it."""
+def worker_status(worker: WorkerProcess, member: Member | None, now: float, clock: Clock) -> Status:
+    """`member`: what the fleet knows of it; its deadline is of the `clock`."""
     result: Status = {
         "worker": worker.wid,
         "generation": worker.generation,
@@ -118,16 +120,16 @@ def worker_status(worker: WorkerProcess, member: Member | None, now: float) -> S
     if member is not None:
         result["reason"] = str(member.reason) if member.reason is not None else None
         if member.state is State.DRAINING and not member.killed:
-            result["drain_left"] = _left((member.deadline or now) - KILL_GRACE, now)
+            result["drain_left"] = _left((member.deadline or clock.now) - KILL_GRACE, clock)
         elif member.state is State.BOOTING:
-            result["boot_left"] = _left(member.deadline, now)
+            result["boot_left"] = _left(member.deadline, clock)
         if worker.ready_at is not None and worker.beat_at is not None and now - worker.beat_at > SILENT_AFTER:
             result["silent"] = round(now - worker.beat_at, 3)
     return result
 
 
-def _left(deadline: float | None, now: float) -> float | None:
-    return None if deadline is None else round(max(0.0, deadline - now), 3)
+def _left(deadline: float | None, clock: Clock) -> float | None:
+    return None if deadline is None else round(max(0.0, clock.until(deadline)), 3)
 
 
 def _oldest(worker: WorkerProcess, now: float) -> Status | None:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from apphost.arbiter.clock import Clock
 from apphost.arbiter.processes import kill, make_dump_file
 from apphost.arbiter.services import Happening, What
 from apphost.arbiter.state import ArbiterState, OpenChannel, StateError
@@ -179,6 +180,7 @@ class Upgrade:
             control=self._control.fileno() if self._control is not None else -1,
             admin=[listener.fileno() for listener in self._admin.listeners] if self._admin is not None else [],
             history=self._history.to_wire(),
+            clock=(arbiter.clock.now, arbiter.clock.at),
         )
 
 
@@ -217,6 +219,8 @@ def open_nothing(_fd: int, rest: bytes) -> Channel:
 def take_over(arbiter: Arbiter, state: ArbiterState) -> None:
     """Have a new arbiter go on where the program before it stopped: its fleet, processes and channels."""
     arbiter.fleet = state.fleet
+    if state.clock is not None:
+        arbiter.clock = Clock(*state.clock)
     arbiter.fork_servers.leaving = state.leaving
     for server in state.fork_servers:
         arbiter.fork_servers.adopt(server)

@@ -292,8 +292,10 @@ class Server:
 
     def _tick(self) -> None:
         now = self.loop.time()
+        late = self._tick_handle is not None and now - self._tick_handle.when() > TICK
         self._tick_handle = self.loop.call_at(next_tick(now, self.assignment.wid), self._tick)
-        self.context.tick(now)
+        if not late:  # else the process was stopped, or the loop blocked: what clients sent meanwhile is read first
+            self.context.tick(now)
         self._beat()
         if self.state is State.DRAINING:
             if self.sender is not None:
