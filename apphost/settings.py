@@ -177,7 +177,7 @@ class Settings:
     max_rss: int = setting(0, _RECYCLE,
         "Replace a worker whose memory (RSS) has grown beyond this; 0 is never.", unit="bytes", low=0)
     max_lifetime: float = setting(0.0, _RECYCLE,
-        "Replace a worker of this age; 0 is never.", unit="s", low=0, high=_WEEK)
+        "Replace a worker that has served for this long; 0 is never.", unit="s", low=0, high=_WEEK)
     max_lifetime_jitter: float = setting(0.0, _RECYCLE,
         "A random time up to this is added to `max_lifetime`.", unit="s", low=0, high=_WEEK)
 

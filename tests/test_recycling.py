@@ -88,20 +88,63 @@ def test_jitter_alone_is_no_limit() -> None:
 # ------------------------------------------------------------------------------------------------- memory
 
 
-@pytest.mark.parametrize(("allowed", "due"), [(1, True), (2**50, False)])
-def test_max_rss_is_measured(allowed: int, due: bool) -> None:
-    this = Recycling(Settings(max_rss=allowed), 0.0)
-    said = this.due(0, 0.0)
-    assert bool(said) is due
-    if due:
-        assert said.startswith("max_rss: ")
-        assert "MiB of memory" in said
+MIB = 1 << 20
+
+
+class Memory:
+    """What the process has, in MiB."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, now: int) -> None:
+        self.now = now
+        monkeypatch.setattr(recycling, "resident_bytes", lambda: self.now * MIB)
+
+
+def test_more_memory_than_max_rss(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory(monkeypatch, 60)
+    this = Recycling(Settings(max_rss=100 * MIB), 0.0)
+    assert this.warning == ""
+    memory.now = 100
+    assert this.due(0, 0.0) == ""
+    memory.now = 101
+    assert this.due(0, 0.0) == "max_rss: 101 MiB of memory, 100 MiB are allowed"
+    memory.now = 200
+    assert this.due(0, 1.0) == ""
+
+
+def test_a_worker_that_begins_with_max_rss_is_as_it_should_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory(monkeypatch, 100)
+    this = Recycling(Settings(max_rss=100 * MIB), 0.0)
+    assert (this.warning, this.due(0, 0.0)) == ("", "")
+    memory.now = 101
+    assert this.due(0, 0.0)
+
+
+@given(st.integers(1, 1000), st.integers(1, 1000))
+def test_who_begins_with_more_than_max_rss_may_grow_by_half(allowed: int, more: int) -> None:
+    """Else its successor, which would begin with as much, had to go at once too, and so on."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        memory = Memory(monkeypatch, allowed + more)
+        this = Recycling(Settings(max_rss=allowed * MIB), 0.0)
+        limit = (allowed + more) * 3 // 2
+        assert f"{allowed} MiB are allowed, and the application has taken {allowed + more} MiB" in this.warning
+        assert this.warning.endswith(f"it is replaced when it has {limit} MiB")
+        memory.now = limit
+        assert this.due(0, 1e9) == ""
+        memory.now = limit + 1
+        assert this.due(0, 1e9) == f"max_rss: {limit + 1} MiB of memory, {limit} MiB are allowed"
+
+
+def test_max_rss_is_about_the_memory_of_this_process() -> None:
+    assert Recycling(Settings(max_rss=1), 0.0).warning
+    this = Recycling(Settings(max_rss=2**50), 0.0)
+    assert (this.warning, this.due(0, 0.0)) == ("", "")
 
 
 def test_memory_is_looked_at_only_where_it_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     """It costs a read of a file, on every tick of every worker."""
     monkeypatch.setattr(recycling, "resident_bytes", lambda: pytest.fail("nobody asked for it"))
-    assert Recycling(Settings(max_requests=5), 0.0).due(1, 0.0) == ""
+    this = Recycling(Settings(max_requests=5), 0.0)
+    assert (this.warning, this.due(1, 0.0)) == ("", "")
 
 
 def test_the_resident_size_is_the_one_of_this_process() -> None:

@@ -57,6 +57,8 @@ SHUTDOWN_MIN = 0.5  # s that the application's lifespan shutdown gets even when 
 class Server:
     """One worker's serving side. All methods run on the event loop."""
 
+    _recycling: Recycling  # once it serves
+
     def __init__(
         self,
         assignment: Assignment,
@@ -84,7 +86,6 @@ class Server:
         self._stopping = False  # the drain is for a stop: nobody takes our connections
         self._tick_handle: asyncio.TimerHandle | None = None
         self._tls = self._make_tls()
-        self._recycling = Recycling(self.settings, loop.time())
         self._inquiry = Inquiry(loop, channel, self.context)
         self._oldest = Oldest()
         self._meter: Meter | None = None  # with an admin listener
@@ -177,6 +178,7 @@ class Server:
         if self.state is State.BOOTING:
             self._begin_serving()
             self.channel.send({"t": "ready", "seconds": time.monotonic() - started, **names})
+            self._tick()  # not before: who is not ready cannot ask for a successor
             self._inquiry.tell_code(self.settings.app, self.assignment.code)
             self.hooks.ready()
         await self.drained.wait()
@@ -235,6 +237,9 @@ class Server:
         gc.freeze()
         context = self.context
         context.on_closed = self._connection_closed
+        self._recycling = Recycling(self.settings, self.loop.time())
+        if self._recycling.warning:
+            self.log.warning(f"{self.assignment.name}: {self._recycling.warning}")
         context.requests_wanted = self._recycling.requests
         context.on_enough = self._ask_for_successor
         if self._tls is not None:
@@ -244,7 +249,6 @@ class Server:
             acceptor = Acceptor(self.loop, listener, context, self.log, self._has_room, tls)
             self.acceptors.append(acceptor)
             acceptor.start()
-        self._tick()
 
     def _end_serving(self) -> None:
         """Whatever is left has had its time."""

@@ -374,6 +374,38 @@ def test_a_worker_that_has_grown_is_replaced(tmp_path: Path, interface: str) -> 
     assert "error" not in server.log
 
 
+def test_a_worker_that_begins_with_more_than_is_allowed_is_replaced_when_it_has_grown(tmp_path: Path) -> None:
+    """Not at once, as its successor would begin with as much; and not never."""
+    leak = "\nKEPT = []\n\ndef answer(body, plain=answer):\n    KEPT.append(body * 2)\n    return plain(body)\n"
+    with serving(tmp_path, "wsgi", "--max-rss", "1MiB", extra=leak) as server:
+        said = server.wait_line(
+            r"warning worker 1 gen 1: max_rss is too small: 1 MiB are allowed, and the application has taken (\d+) MiB "
+            r"before its first request; it is replaced when it has (\d+) MiB"
+        )
+        before, limit = int(said[1]), int(said[2])
+        assert limit == pytest.approx(before * 1.5, abs=2)
+        (pid,) = server.worker_pids()
+        end = time.monotonic() + 2  # some four ticks
+        wait_for(lambda: time.monotonic() > end)
+        assert ask(server.port).pid == pid
+        assert "replaced: " not in server.log
+        while "asks to be replaced" not in server.log:
+            ask(server.port, body=b"x" * (1 << 20))
+        server.wait_line(rf"worker 1 gen 1 asks to be replaced: max_rss: \d+ MiB of memory, {limit} MiB are allowed")
+        server.wait_line("worker 1 gen 1 gone: exit 0")
+        assert ask(server.port).pid != pid
+
+
+def test_a_lifetime_that_is_shorter_than_the_boot_begins_with_the_service(tmp_path: Path) -> None:
+    with serving(tmp_path, "asgi", "--max-lifetime", "0.7", extra="\ntime.sleep(1.5)\n") as server:
+        server.wait_line("worker 2 gen 1 ready")
+        server.wait_line("worker 2 gen 1 asks to be replaced: max_lifetime")
+        ready = moment(server.wait_line(".* worker 2 gen 1 ready")[0])
+        asked = moment(server.wait_line(".* worker 2 gen 1 asks to be replaced")[0])
+        assert asked - ready >= 0.6
+        server.wait_line("worker 2 gen 1 gone: exit 0")
+
+
 @each_interface
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_worker_of_some_age_is_replaced(tmp_path: Path, interface: str, workers: int) -> None:
