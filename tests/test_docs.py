@@ -194,7 +194,9 @@ def test_commands_and_requests() -> None:
     commands = [cells[0].strip("`").split()[1] for cells in rows(text.partition("## Which server")[0])]
     assert sorted(commands) == sorted(COMMANDS)
     requests = [json.loads(match) for match in re.findall(r'^\| `(\{"do".+?\})` \|', text, re.MULTILINE)]
-    documented = {request.pop("do"): set(request) for request in requests}
+    documented: dict[str, set[str]] = {}
+    for request in requests:
+        documented.setdefault(request.pop("do"), set()).update(request)
     assert documented == {name: set(arguments) for name, (_, arguments) in REQUESTS.items()}
     codes = re.findall(r"^\| (\d+) \|", text.partition("## Reload and its outcome")[2], re.MULTILINE)
     assert [int(code) for code in codes] == [0, *(int(code) for code in ExitCode if code >= ExitCode.UNREACHABLE)]

@@ -374,13 +374,17 @@ class Control:
         if now or not (fleet.stopping or fleet.stop_at is not None):  # to the fleet, a second order means at once
             self._order(client, v.StopAsked(now=now), "stop --now" if now else "stop")
 
-    def _scale(self, client: Client, size: int = 0) -> None:
+    def _scale(self, client: Client, size: int | None = None, by: int = 0) -> None:
+        """`by`, in place of `size`: so many more or, if negative, fewer than there are to be now."""
         high = int(SETTINGS["workers"].high or 1)
-        if not 1 <= size <= high:
-            raise BadCommand(f"size of scale: expected a whole number from 1 to {high}")
-        self._refuse_when_stopping()
         was = self.arbiter.fleet.size
-        self._order(client, v.ScaleAsked(size - was), f"scale {size}")
+        if size is not None and by:
+            raise BadCommand("scale takes size or by, not both")
+        wanted = was + by if by else size or 0
+        if not 1 <= wanted <= high:
+            raise BadCommand(f"size of scale: expected a whole number from 1 to {high}, not {wanted}")
+        self._refuse_when_stopping()
+        self._order(client, v.ScaleAsked(wanted - was), f"scale {by:+}" if by else f"scale {size}")
         client.finish({"size": self.arbiter.fleet.size, "was": was})
 
     def _upgrade(self, client: Client) -> None:
@@ -419,6 +423,6 @@ _COMMANDS: dict[str, tuple[Callable[..., None], dict[str, tuple[str, type]]]] = 
     "reload": (Control._reload, {"wait": _FLAG}),
     "wait": (Control._wait, {"generation": _NUMBER}),
     "stop": (Control._stop, {"now": _FLAG}),
-    "scale": (Control._scale, {"size": _NUMBER}),
+    "scale": (Control._scale, {"size": _NUMBER, "by": _NUMBER}),
     "upgrade": (Control._upgrade, {}),
 }

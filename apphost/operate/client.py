@@ -17,8 +17,8 @@ from apphost.logs import escape
 from apphost.peers import Peer, peer_of
 from apphost.settings import ENV_PREFIX
 
+FOREVER = float("inf")
 CONNECT_TIMEOUT = 5.0  # s; the kernel connects at once unless the arbiter's backlog is full
-ANSWER_TIMEOUT = 30.0  # s for an answer that needs no waiting; that of 1024 blocked workers takes longer, and says so
 COME_BACK = 20.0  # s for an arbiter that replaces its program to answer again
 LINE_MAX = 1 << 23  # bytes of a line of the answer; the arbiter sends less than half of that
 SERVERS_SHOWN = 16  # of several, to choose from: a screenful
@@ -61,18 +61,21 @@ class Session:
         self.process = Process(peer.pid if peer is not None else 0)
         self._rest = b""
 
-    def talk(self, request: Line, deadline: float) -> Iterator[Line]:
+    def talk(self, request: Line, deadline: float, patience: float = FOREVER) -> Iterator[Line]:
         """Send a request; the lines of its answer, the last of which has `done`. Raises `Ended`, `TimedOutError`,
-        and `UnreachableError` for a request that was refused."""
+        and `UnreachableError` for a request that was refused.
+
+        patience: s for each line, where an answer is never silent for longer.
+        """
         try:
-            self.sock.settimeout(_left(deadline))
+            self.sock.settimeout(_left(min(deadline, time.monotonic() + patience)))
             self.sock.sendall(json.dumps(request).encode() + b"\n")
         except TimeoutError:
             raise TimedOutError("the arbiter does not read its control socket") from None
         except OSError:
             pass  # why may stand in what it has sent
         while True:
-            line = self._line(deadline)
+            line = self._line(min(deadline, time.monotonic() + patience))
             if line.get("error") and line.get("done"):
                 raise UnreachableError(f"the arbiter refused: {line['error']}")
             yield line
@@ -87,7 +90,7 @@ class Session:
             return f"{told}: its process is stopped, by SIGSTOP or a debugger: `kill -CONT {self.process.pid}`"
         return f"{told}: it, or the machine, is very busy, or nobody reads the log that it writes. Its workers serve on"
 
-    def ask(self, request: Line, timeout: float = ANSWER_TIMEOUT) -> Line:
+    def ask(self, request: Line, timeout: float) -> Line:
         """The last line of the answer."""
         try:
             *_, last = self.talk(request, time.monotonic() + timeout)

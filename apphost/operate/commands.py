@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,7 +24,7 @@ _HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 WAIT = 900.0  # s: more than a reload takes that is going well, with 50 workers of which each boots for 15 s
 STOP_GRACE = 10.0  # s beyond what the settings say that a stop takes
 INTERVAL = 2.0  # s between two samples of --watch
-SAMPLE_TIMEOUT = 10.0  # s for one of them
+SAMPLE_TIMEOUT = 10.0  # s for one of them, and for the first answer to any command
 _CLEAR = "\x1b[H\x1b[J"
 _COMPLETION_TIMEOUT = 1.0  # s that a shell may be kept waiting
 
@@ -56,9 +57,9 @@ _WHICH = (
 )  # fmt: skip
 
 
-def _command(name: str, summary: str) -> Callable[[Callable[..., Any]], click.Command]:
+def _command(name: str, summary: str, **context: Any) -> Callable[[Callable[..., Any]], click.Command]:
     def decorate(function: Callable[..., Any]) -> click.Command:
-        command = click.command(name, short_help=summary, context_settings=_HELP)(function)
+        command = click.command(name, short_help=summary, context_settings={**_HELP, **context})(function)
         command.params = [*command.params, *_WHICH]
         return command
 
@@ -109,12 +110,14 @@ def status(as_json: bool, watch: bool, **which: Any) -> None:
             time.sleep(max(0.0, at + INTERVAL - time.monotonic()))
 
 
-def _sample(session: Session) -> Line:
+def _sample(session: Session, timeout: float | None = None) -> Line:
+    """Its status. Asked before an order as well: one that does not answer must not obey when we have given up."""
+    seconds = min(timeout or SAMPLE_TIMEOUT, SAMPLE_TIMEOUT)
     try:
-        return dict(session.ask({"do": "status"}, SAMPLE_TIMEOUT)["status"])
+        return dict(session.ask({"do": "status"}, seconds)["status"])
     except Ended:  # an upgrade
-        session.again(time.monotonic() + SAMPLE_TIMEOUT)
-        return dict(session.ask({"do": "status"}, SAMPLE_TIMEOUT)["status"])
+        session.again(time.monotonic() + seconds)
+        return dict(session.ask({"do": "status"}, seconds)["status"])
 
 
 def _shares(session: Session, found: Line) -> dict[int, int]:
@@ -136,27 +139,34 @@ def _shares(session: Session, found: Line) -> dict[int, int]:
 
 @_command("connections", "Show the connections of a server.")
 @_json
+@_timeout
 @_worker
-def connections(worker: int | None, as_json: bool, **which: Any) -> None:
+def connections(worker: int | None, timeout: float | None, as_json: bool, **which: Any) -> None:
     """Show peer, state, age and bytes of every connection, of all workers or of WORKER (its number or pid)."""
     with _session(**which) as session:
-        answers = _answers(session, {"do": "connections", "worker": worker or 0})
+        answers = _answers(session, {"do": "connections", "worker": worker or 0}, timeout)
     click.echo(json.dumps(answers, indent=2) if as_json else render.connections_text(answers))
 
 
 @_command("stacks", "Show what the workers of a server are doing.")
+@_timeout
 @_worker
-def stacks(worker: int | None, **which: Any) -> None:
+def stacks(worker: int | None, timeout: float | None, **which: Any) -> None:
     """Show the stacks of threads and asyncio tasks, of all workers or of WORKER (its number or pid)."""
     with _session(**which) as session:
-        answers = _answers(session, {"do": "stacks", "worker": worker or 0})
+        answers = _answers(session, {"do": "stacks", "worker": worker or 0}, timeout)
     click.echo("\n\n".join(map(render.stacks_text, answers)) or "there is no worker")
 
 
-def _answers(session: Session, request: Line) -> list[Line]:
-    # A blocked worker takes 1.3 s of it, and so does each of 1024.
-    deadline = time.monotonic() + WAIT
-    return [line for line in session.talk(request, deadline) if "worker" in line]
+def _answers(session: Session, request: Line, timeout: float | None) -> list[Line]:
+    # A blocked worker takes 1.3 s of it, and so does each of 1024; between two lines there is no more than that.
+    seconds = timeout or WAIT
+    deadline = time.monotonic() + seconds
+    _sample(session, timeout)
+    try:
+        return [line for line in session.talk(request, deadline, SAMPLE_TIMEOUT) if "worker" in line]
+    except TimedOutError:
+        raise TimedOutError(session.silence(min(seconds, SAMPLE_TIMEOUT))) from None
 
 
 @_command("reload", "Reload a server.")
@@ -168,7 +178,8 @@ def reload_(wait: bool, timeout: float | None, **which: Any) -> None:
         raise click.UsageError("--timeout is for how long to wait: add --wait")
     with _session(**which) as session:
         if not wait:
-            asked = session.ask({"do": "reload"})
+            _sample(session)
+            asked = session.ask({"do": "reload"}, SAMPLE_TIMEOUT)
             click.echo(f"generation {asked['generation']} is asked for")
             return
         _conclude(_follow(session, {"do": "reload", "wait": True}, timeout))
@@ -202,8 +213,10 @@ def _follow(session: Session, request: Line, timeout: float | None) -> Line:
         if text:
             click.echo(text)
 
+    deadline = time.monotonic() + seconds
+    _sample(session, timeout)
     try:
-        return follow(session, request, time.monotonic() + seconds, show)
+        return follow(session, request, deadline, show)
     except TimedOutError:
         if not heard or session.process.stopped():
             raise TimedOutError(session.silence(seconds)) from None
@@ -234,10 +247,11 @@ def _conclude(last: Line) -> None:
 def stop(now: bool, timeout: float | None, **which: Any) -> None:
     """Stop a server, and return when it has gone."""
     with _session(**which) as session:
-        settings = session.ask({"do": "status"})["status"]["settings"]
+        began = time.monotonic()
+        settings = _sample(session, timeout)["settings"]
         needs = [settings.get(name, SETTINGS[name].default) for name in ("stop_timeout", "shutdown_delay")]
         seconds = timeout or sum(map(float, needs)) + STOP_GRACE
-        deadline = time.monotonic() + seconds
+        deadline = began + seconds
         try:
             for line in session.talk({"do": "stop", "now": now}, deadline):
                 text = render.progress_text(line)
@@ -252,12 +266,24 @@ def stop(now: bool, timeout: float | None, **which: Any) -> None:
         click.echo("stopped")
 
 
-@_command("scale", "Change the number of workers of a server.")
-@click.argument("size", type=click.IntRange(1, int(SETTINGS["workers"].high or 1)))
-def scale(size: int, **which: Any) -> None:
-    """Have SIZE workers from now on: until the next start, or a reload with another `workers` in the settings."""
+def _size(text: str) -> dict[str, int]:
+    """A number of workers or, with a sign, by how many more or fewer: as the request has it."""
+    high = int(SETTINGS["workers"].high or 1)
+    if not re.fullmatch("[+-]?[0-9]{1,9}", text, re.ASCII) or not 1 <= abs(int(text)) <= high:
+        raise click.BadParameter(f"expected a number from 1 to {high}, or one with a sign for so many more or fewer")
+    return {"by" if text[0] in "+-" else "size": int(text)}
+
+
+@_command("scale", "Change the number of workers of a server.", ignore_unknown_options=True)  # -1 is none
+@click.argument("size", type=_size, metavar="SIZE")
+def scale(size: dict[str, int], **which: Any) -> None:
+    """Have SIZE workers from now on: until the next start, or a reload with another `workers` in the settings.
+
+    With a sign, +1 or -2, so many more or fewer than now.
+    """
     with _session(**which) as session:
-        answer = session.ask({"do": "scale", "size": size})
+        _sample(session)
+        answer = session.ask({"do": "scale", **size}, SAMPLE_TIMEOUT)
     click.echo(f"{answer['size']} workers, before {answer['was']}")
 
 

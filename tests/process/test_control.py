@@ -49,6 +49,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         (b'{"do": "reload", "wait": 1}', "wait of reload: expected true or false"),
         (b'{"do": "scale", "size": true}', "size of scale: expected a whole number"),
         (b'{"do": "scale", "size": 0}', "size of scale: expected a whole number from 1 to 1024"),
+        (b'{"do": "scale", "size": 2, "by": 1}', "scale takes size or by, not both"),
+        (b'{"do": "scale", "by": -1}', "size of scale: expected a whole number from 1 to 1024, not 0"),
         (b'{"do": "scale"}', "size of scale: expected a whole number from 1 to 1024"),
         (b'{"do": "stacks", "worker": 99}', "there is no worker 99; there is 1"),
         (b'{"do": "wait", "generation": 9}', "generation 9 was never asked for, the newest is 1"),

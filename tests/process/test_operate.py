@@ -130,17 +130,36 @@ def test_an_arbiter_that_dies_while_waited_for(tmp_path: Path) -> None:
         assert f"no process {server.pid}, which {tmp_path}/left names: that server has ended" in done.stderr
 
 
-def test_an_arbiter_that_does_not_answer(tmp_path: Path) -> None:
-    """11, and why: whoever is on call learns more than that time has passed."""
+@pytest.mark.parametrize(
+    "order", ["reload --wait", "upgrade", "stop", "stop --now", "stacks", "connections"]
+)  # fmt: skip
+def test_an_arbiter_that_does_not_answer(tmp_path: Path, order: str) -> None:
+    """11, and why: whoever is on call learns more than that time has passed. It is not left an order to obey later."""
     with serving(tmp_path, "asgi") as server:
         server.signal(signal.SIGSTOP)
         try:
-            done = operate(server, "reload", "--wait", "--timeout", "0.5")
+            done = operate(server, *order.split(), "--timeout", "0.5")
         finally:
             server.signal(signal.SIGCONT)
         assert done.returncode == 11
         assert f"the arbiter, pid {server.pid}, has not answered within 0.5 s: its process is stopped" in done.stderr
         assert f"`kill -CONT {server.pid}`" in done.stderr
+        assert operate(server, "scale", "2").stdout == "2 workers, before 1\n"
+        assert not re.search("`apphost (reload|upgrade|stop)", server.log)
+
+
+def test_without_a_timeout_nobody_waits_for_minutes(tmp_path: Path) -> None:
+    """The bounds of the commands that have no --timeout, or do not need one, are that of a sample."""
+    with serving(tmp_path, "asgi") as server:
+        server.signal(signal.SIGSTOP)
+        try:
+            waiting = [begin(*order.split(), "--pid", str(server.pid)) for order in ("stacks", "upgrade", "scale +1")]
+            ends = [(each.communicate(timeout=DEADLINE)[1], each.returncode) for each in waiting]
+        finally:
+            server.signal(signal.SIGCONT)
+        for said, code in ends:
+            assert code == 11
+            assert "has not answered within 10 s: its process is stopped" in said
 
 
 def test_a_canary(tmp_path: Path) -> None:
@@ -312,7 +331,16 @@ def test_scale(tmp_path: Path) -> None:
         assert operate(server, "scale", "2").stdout == "2 workers, before 3\n"
         wait_for(lambda: len(status(server)["workers"]) == 2)
         assert status(server)["settings"].get("workers") is None
-        assert operate(server, "scale", "0").returncode == 2
+        assert operate(server, "scale", "+2").stdout == "4 workers, before 2\n"
+        assert operate(server, "scale", "-3").stdout == "1 workers, before 4\n"
+        done = operate(server, "scale", "-1")
+        assert (done.returncode, done.stderr) == (
+            7, "apphost: error: the arbiter refused: size of scale: expected a whole number from 1 to 1024, not 0\n",
+        )  # fmt: skip
+        for size in ("0", "+0", "1.5", "--bogus", "4096"):
+            done = operate(server, "scale", size)
+            assert done.returncode == 2
+            assert "expected a number from 1 to 1024, or one with a sign for so many more or fewer" in done.stderr
 
 
 def test_the_code_of_workers_tells_deploys_apart(tmp_path: Path) -> None:
@@ -366,9 +394,9 @@ def test_stop_waits_until_the_server_has_gone(tmp_path: Path) -> None:
 def test_stop_now(tmp_path: Path) -> None:
     with serving(tmp_path, "asgi") as server, in_progress(server, "/wait/never"):
         server.wait_line("/wait/never in progress")
-        done = operate(server, "stop", "--timeout", "0.3")
+        done = operate(server, "stop", "--timeout", "2")
         assert done.returncode == 11
-        assert "it still runs after 0.3 s; `apphost stop --now` does not wait" in done.stderr
+        assert "it still runs after 2 s; `apphost stop --now` does not wait" in done.stderr
         assert operate(server, "stop", "--now").returncode == 0
         assert server.wait_exit() == 0
 
