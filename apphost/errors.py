@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 import enum
+import errno
 import os
+import resource
 import traceback
 from collections.abc import Iterable
 
@@ -89,6 +91,20 @@ class GoneError(ApphostError):
 
 class TimedOutError(ApphostError):
     exit_code = ExitCode.TIMED_OUT
+
+
+def limit_reached(exc: Exception) -> ApphostError | None:
+    """What to tell when `exc` means that this process, or the system, can open no more files; else None."""
+    number = exc.errno if isinstance(exc, OSError) else None
+    if number not in (errno.EMFILE, errno.ENFILE):
+        return None
+    if number == errno.ENFILE:
+        return PrivilegesError("the system has no descriptors left (fs.file-max)")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return PrivilegesError(
+        f"this process may open only {soft} files, and needs more: raise the limit with `ulimit -n 1024`, or with "
+        f"LimitNOFILE= in a unit of systemd (the hard limit is {'none' if hard == resource.RLIM_INFINITY else hard})"
+    )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

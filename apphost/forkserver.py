@@ -13,6 +13,7 @@ one waits for them, kills those that do not end in time, and goes.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import importlib
@@ -94,7 +95,8 @@ def _end_at_once(code: ExitCode) -> NoReturn:
     """End without the exit handlers of a preloaded application: they are for its workers, and threads that it may have
     started must not keep this process."""
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # it may have put anything in their place
+            stream.flush()
     os._exit(code)
 
 

@@ -40,9 +40,6 @@ T = TypeVar("T")
 
 ENV_PREFIX = "APPHOST_"
 CONFIG_VARIABLE = "APPHOST_CONFIG"
-# Set by an arbiter for the program that it replaces itself with: the descriptor with its state, and behind it `?` when
-# the program is only to be tried.
-RESUME_VARIABLE = "APPHOST_RESUME"
 _WEEK = 7 * 86400.0  # no deadline of a server is longer: such a number is milliseconds taken for seconds
 
 

@@ -8,16 +8,19 @@ A Unix socket is a file, with a few things to keep in mind:
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import errno
 import fcntl
 import os
 import re
+import signal
 import socket
 import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from apphost.errors import AddressError, PrivilegesError
 
@@ -123,7 +126,7 @@ def open_listeners(address: Address, backlog: int, access: Access = Access()) ->
     if address.path:
         return [_listen_unix(address, backlog, access)]
     try:
-        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = _look_up(address.host, address.port)
     except socket.gaierror as exc:
         raise AddressError(f"cannot listen at {address.text}: {address.host!r} is unknown ({exc.strerror})") from None
     listeners: list[Listener] = []
@@ -135,6 +138,39 @@ def open_listeners(address: Address, backlog: int, access: Access = Access()) ->
             listener.close()
         raise
     return listeners
+
+
+def _look_up(host: str, port: int) -> list[Any]:
+    """The addresses of a host. Raises `socket.gaierror`.
+
+    Signals are obeyed meanwhile: what asks name servers does not return for one, so it must not run in this thread.
+    """
+
+    def ask(flags: int) -> list[Any]:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | flags)
+
+    def run() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are the other thread's
+        try:
+            answers.append(ask(0))
+        except BaseException as exc:
+            answers.append(exc)
+        finally:
+            answered.release()
+
+    try:
+        return ask(socket.AI_NUMERICHOST)
+    except socket.gaierror:
+        pass
+    answers: list[list[Any] | BaseException] = []
+    answered = _thread.allocate_lock()
+    answered.acquire()
+    _thread.start_new_thread(run, ())
+    answered.acquire()
+    (answer,) = answers
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
 
 
 def _listen_tcp(address: Address, family: socket.AddressFamily, sockaddr: tuple[object, ...], backlog: int) -> Listener:

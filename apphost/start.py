@@ -7,15 +7,15 @@ long as it runs, and the time of the shorter of the two at each start.
 
 from __future__ import annotations
 
-import json
 import os
+import signal
 import sys
-from functools import partial
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from apphost.errors import ApphostError, ExitCode
-from apphost.settings import RESUME_VARIABLE, Settings
-from apphost.sources import Loaded, Source
+from apphost import footing
+
+if TYPE_CHECKING:  # what takes time to import is imported when the signals are in our hands
+    from apphost.sources import Loaded, Source
 
 # Commands that talk to a running server; they are imported when one is used.
 OPERATE = ("status", "connections", "reload", "stop", "scale", "stacks", "upgrade")
@@ -25,32 +25,60 @@ INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 def main() -> NoReturn:
     """The program. Ends the process with a code of `ExitCode`, or 130 after an interrupt."""
-    word = os.environ.pop(RESUME_VARIABLE, None)
+    footing.repair()
+    try:
+        sys.exit(_run())
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except footing.Ended as end:
+        if end.number == signal.SIGINT:
+            sys.exit(INTERRUPTED)
+        footing.die_of(end.number)
+    except Exception as exc:
+        sys.exit(_tell(exc))
+
+
+def _run() -> int:
+    word = os.environ.pop(footing.RESUME_VARIABLE, None)
     if word is not None:
+        if word.endswith("?"):
+            footing.hold_signals()  # else the program before this one has: all of them wait
+            footing.heed_ends()
         from apphost.arbiter.main import resume
 
-        sys.exit(resume(word))
+        return resume(word)
     if sys.argv[1:2] and sys.argv[1] in _IN_PLACE:
+        footing.obey_signals()
         from apphost.cli import program
 
         program()
-    try:
-        sys.exit(_serve())
-    except ApphostError as exc:
-        complain("error", exc.message, exc.detail)
-        sys.exit(exc.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+    return _serve()
+
+
+def _tell(exc: Exception) -> int:
+    """The exit code, for an error that is not ours. Raises it if it is."""
+    from apphost.errors import ApphostError, limit_reached
+
+    known = exc if isinstance(exc, ApphostError) else limit_reached(exc)
+    if known is None:
+        raise exc
+    complain("error", known.message, known.detail)
+    return known.exit_code
 
 
 def _serve() -> int:
+    footing.hold_signals()
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
+        footing.end_by_default()
         os.close(reader)
+        from functools import partial
+
         from apphost.cli import program
 
         program(obj=partial(_hand_over, writer))
+    footing.heed_ends()
     os.close(writer)
     from apphost.arbiter.main import run  # while the child reads
 
@@ -65,6 +93,10 @@ def _serve() -> int:
 
 def _hand_over(pipe: int, loaded: Loaded, source: Source) -> None:
     """In the child: these are the settings to serve with. Ends it at once, since the arbiter waits for its end."""
+    import json
+
+    from apphost.errors import ExitCode
+
     wire = {
         "settings": loaded.settings.to_wire(),
         "origins": dict(loaded.origins),
@@ -82,6 +114,11 @@ def _hand_over(pipe: int, loaded: Loaded, source: Source) -> None:
 
 
 def _from_wire(data: bytes) -> tuple[Loaded, Source]:
+    import json
+
+    from apphost.settings import Settings
+    from apphost.sources import Loaded, Source
+
     wire = json.loads(data)
     settings = Settings.from_wire(wire["settings"])
     return Loaded(settings, wire["origins"], tuple(wire["warnings"]), wire["file"]), Source.from_wire(wire["source"])

@@ -74,7 +74,7 @@ def part(name: str) -> str:
 # What the files of a part may import of the other parts; a part that is not named here may import anything.
 _SHARED = {
     "checks", "messages", "lifecycle", "settings", "sources", "values", "cpu", "errors", "logs", "sockets", "bytecode",
-    "privileges", "peers", "endpoint", "hooks", "access", "logfiles", "measures",
+    "privileges", "peers", "endpoint", "hooks", "access", "logfiles", "measures", "footing",
 }  # fmt: skip
 ALLOWED = {
     "arbiter": _SHARED | {"forkserver", "hookrunner"},
@@ -89,6 +89,7 @@ ALLOWED = {
     "hooks": {"errors", "settings"},
     "messages": set(),
     "measures": set(),
+    "footing": set(),
     "lifecycle": set(),
     "errors": set(),
     "logs": set(),

@@ -471,7 +471,7 @@ class Arbiter:
         for pid in pids:
             kill(pid, signal.SIGKILL)
         # Python would restore the default, which kills, on its way out: the exit code is already decided.
-        for number in _SIGNALS:
+        for number in (*_SIGNALS, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN)
         signal.set_wakeup_fd(-1)
 

@@ -59,7 +59,7 @@ def run(loaded: Loaded, source: Source) -> int:
 
 
 def resume(word: str) -> int:
-    """Go on as the arbiter whose program this one has replaced (USR2); the exit code. `word`: see `RESUME_VARIABLE`.
+    """Go on as the arbiter whose program this one has replaced (USR2); the exit code. `word`: of `RESUME_VARIABLE`.
 
     When it is only to be tried: read the state as if, and say by the exit code whether that went well.
     """

@@ -154,13 +154,13 @@ def spawn_python(
     arguments: descriptors that it inherits, which it is told; inherited: others. own_group: in a new process group.
     Signals are blocked until it has handlers of its own: nothing that is sent meanwhile is lost, and nothing kills it.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         pid = os.fork()
         if pid == 0:
             _become_python(cwd, command, arguments, inherited, own_group)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)  # those that wait until the arbiter runs wait on
     return pid
 
 

@@ -21,8 +21,8 @@ from apphost.arbiter.clock import Clock
 from apphost.arbiter.processes import kill, make_dump_file
 from apphost.arbiter.services import Happening, What
 from apphost.arbiter.state import ArbiterState, OpenChannel, StateError
+from apphost.footing import RESUME_VARIABLE
 from apphost.messages import Channel
-from apphost.settings import RESUME_VARIABLE
 from apphost.sockets import Identity
 
 if TYPE_CHECKING:
@@ -116,11 +116,14 @@ class Upgrade:
 
     def _start_trial(self) -> int:
         fd = write_state(self.state())
+        # A signal for all programs of this name must not end the trial, nor be noted by our handlers in it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             pid = os.fork()
             if pid == 0:
                 self._become(fd, f"{fd}?")
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             os.close(fd)
         return pid
 
