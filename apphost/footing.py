@@ -62,7 +62,7 @@ def _open_standard() -> None:
 
 
 def hold_signals() -> None:
-    """Until the arbiter takes signals up, what is asked of it waits, and what ends it raises `Ended`: from `heed_ends` on.
+    """Until the arbiter takes signals up, what is asked of it waits; what ends it raises `Ended`, from `heed_ends` on.
 
     As PID 1 as well, whom the kernel spares what it does not handle. What the starter has ignored or blocked counts no
     more here than when the arbiter serves.
