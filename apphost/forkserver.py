@@ -23,7 +23,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -33,6 +33,7 @@ from apphost.logfiles import open_access_sink, open_own_log
 from apphost.logs import Log
 from apphost.messages import DUMP_SIGNAL, PROTOCOL_VERSION, Channel, Message
 from apphost.peers import is_of_parent, take_channels
+from apphost.prctl import SET_PDEATHSIG, prctl
 from apphost.privileges import Account, become, check_readable, resolve
 from apphost.settings import Settings, keep_fixed, restart_needed
 from apphost.sockets import Listener
@@ -67,12 +68,13 @@ def main(fd: int, dump: int) -> NoReturn:
         os.set_inheritable(inherited, False)  # by us, and not by what an application starts
     faulthandler.enable(file=dump, all_threads=True)
     faulthandler.register(DUMP_SIGNAL, file=dump, all_threads=True, chain=True)
+    arbiter = os.getppid()
     sock = socket.socket(fileno=fd)
     if not is_of_parent(sock):
         _end_at_once(ExitCode.INTERNAL)  # the arbiter is gone, or it is none of ours
     channel = Channel(sock)
     try:
-        child = ForkServer(channel).run()
+        child = ForkServer(channel, arbiter).run()
     except ApphostError as exc:
         channel.send({"t": "failed", "message": exc.message, "detail": exc.detail, "code": int(exc.exit_code)})
         _end_at_once(exc.exit_code)
@@ -115,8 +117,10 @@ def _nothing(_number: int, _frame: FrameType | None) -> None:
 class ForkServer:
     """See the module. `run` returns None at the end, and once in each child with what the child is to do."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, arbiter: int) -> None:
+        """`arbiter`: its pid."""
         self._channel = channel
+        self._arbiter = arbiter
         self._wakeup = self._make_wakeup()
         self._children: dict[int, int] = {}  # pid to wid
         self._generation = 0
@@ -156,13 +160,16 @@ class ForkServer:
                     return child
 
     def _outlive_arbiter(self) -> None:
-        """Workers drain when the arbiter is gone, all but those that are stuck, and nobody else is left to end them."""
+        """Workers drain when the arbiter is gone, all but those that are stuck, and nobody else is left to end them.
+        Those that still import the application hear of nothing but the signal, and go at once: the port is wanted."""
         for listener in self._listeners:
             listener.close()
         deadline = time.monotonic() + self._settings.graceful_timeout + ORPHAN_GRACE
         poll = select.poll()
         poll.register(self._wakeup, select.POLLIN)
         self._reap()
+        for pid in self._children:
+            os.kill(pid, signal.SIGTERM)
         while self._children and (left := deadline - time.monotonic()) > 0:
             poll.poll(1000 * left)
             self._drain_wakeup()
@@ -222,7 +229,7 @@ class ForkServer:
             _see_whether_watched(settings, self._certificates, self._log)
         self._log_config = _read_log_config(settings, directory)
         if failure is None:
-            self._app, self._code = _prepare_workers(settings, self._log_config, self._log)
+            self._app, self._code = _prepare_workers(settings, self._log_config, self._log, self._arbiter)
         else:
             self._app = _error_page(settings, failure)
         ignored = restart_needed(running, loaded)
@@ -337,7 +344,9 @@ def _read_log_config(settings: Settings, directory: str) -> LogConfig | None:
     return LogConfig(settings.log_config, read(settings.log_config, directory))
 
 
-def _prepare_workers(settings: Settings, log_config: LogConfig | None, log: Log) -> tuple[Any, Message | None]:
+def _prepare_workers(
+    settings: Settings, log_config: LogConfig | None, log: Log, arbiter: int
+) -> tuple[Any, Message | None]:
     """Import what every worker will need, once; then keep the garbage collector from touching, and so copying, it.
 
     With `preload` that includes the application, which is returned with its fingerprint: taken here once, because to
@@ -355,11 +364,27 @@ def _prepare_workers(settings: Settings, log_config: LogConfig | None, log: Log)
 
         if log_config is not None:
             log_config.apply(log)
-        app = load_application(settings.app, settings.factory)
+        with _ending_with(arbiter):
+            app = load_application(settings.app, settings.factory)
         code = fingerprint.here(settings.app)
     gc.collect()
     gc.freeze()
     return app, code
+
+
+@contextlib.contextmanager
+def _ending_with(arbiter: int) -> Iterator[None]:
+    """While code of the application runs, for ever perhaps, nobody here would hear of the arbiter's end. On Linux the
+    kernel does, and kills; it forgets that when a process becomes another user, so this comes after. To it a parent is
+    a thread: the arbiter has but one."""
+    held = prctl(SET_PDEATHSIG, signal.SIGKILL)
+    if held and os.getppid() != arbiter:
+        os._exit(ExitCode.INTERNAL)
+    try:
+        yield
+    finally:
+        if held:
+            prctl(SET_PDEATHSIG, 0)
 
 
 def _preimport(http: str, loop: str) -> None:

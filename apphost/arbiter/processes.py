@@ -13,13 +13,13 @@ from typing import Any
 from apphost.errors import ExitCode
 from apphost.forkserver import COMMAND
 from apphost.messages import PROTOCOL_VERSION, Channel, Message
+from apphost.prctl import SET_CHILD_SUBREAPER, prctl
 from apphost.settings import Settings
 from apphost.sockets import Listener
 from apphost.sources import Source
 
 LAST_WORDS_MAX = 65536  # bytes read of a worker's last words: the stacks of some hundred threads
 _CRASH = "Fatal Python error: "  # how faulthandler begins when a process dies of a signal
-_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 @dataclass(slots=True)
@@ -208,14 +208,7 @@ def forget_dump(fd: int) -> None:
 
 def become_subreaper() -> bool:
     """On Linux, have orphaned descendants become our children, so that a fork server's death loses no exit status."""
-    if not sys.platform.startswith("linux"):
-        return False
-    import ctypes
-
-    try:
-        return bool(ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
-    except (OSError, AttributeError):
-        return False
+    return prctl(SET_CHILD_SUBREAPER, 1)
 
 
 def reap() -> list[tuple[int, int]]:

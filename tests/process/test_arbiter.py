@@ -391,6 +391,33 @@ def test_without_the_arbiter_a_stuck_worker_is_killed(tmp_path: Path) -> None:
         assert refused(server.port)
 
 
+HANGS = """
+print("hangs", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("preload", [False, True])
+def test_without_the_arbiter_an_import_ends(tmp_path: Path, preload: bool) -> None:
+    """Who imports the application, for ever perhaps, must not keep the port from another start."""
+    if preload and not sys.platform.startswith("linux"):
+        pytest.skip("only Linux tells a process that is busy that its parent has gone")
+    options = ("--preload",) if preload else ()
+    with serving(tmp_path, "asgi", *options, "--graceful-timeout", "30") as server:
+        port = server.port
+        write_app(tmp_path, "app", site("asgi", "two", extra=HANGS))
+        server.signal(signal.SIGUSR1)
+        server.wait_line("^hangs")
+        children = server.children()
+        server.signal(signal.SIGKILL)
+        assert server.wait_exit() == -signal.SIGKILL
+        wait_for(lambda: not any(alive(pid) for pid in children), what="every process to go")
+        write_app(tmp_path, "app", site("asgi", "three"))
+        with Server("app:app", "--bind", f"127.0.0.1:{port}", cwd=tmp_path) as successor:
+            assert ask(port).version == "three"
+            assert successor.stop() == 0
+
+
 def test_without_the_arbiter_the_backlog_is_served(tmp_path: Path) -> None:
     """Nobody else would."""
 

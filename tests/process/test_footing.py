@@ -128,18 +128,16 @@ def test_an_early_end_of_pid_1(tmp_path: Path) -> None:
     assert not (tmp_path / "pid").exists()
 
 
-def test_an_upgrade_while_it_exits(tmp_path: Path) -> None:
-    """It is too late for one, and the exit code is decided."""
-    leave = "import atexit, sys\nif '-m' in sys.orig_argv:\n    atexit.register(wait)\n"
+def test_signals_while_it_exits(tmp_path: Path) -> None:
+    """The exit code is decided; and Python gives back their default, which kills, to those that have a handler then."""
+    tell = "open('left', 'w').write(' '.join(n.name for n in signal.Signals if callable(signal.getsignal(n))))"
+    customize = f"import atexit, signal, sys\nif '-m' in sys.orig_argv:\n    atexit.register(lambda: {tell})\n"
     write_app(tmp_path, "hello", HELLO)
-    write_app(tmp_path / "site", "sitecustomize", WAIT + leave)
+    write_app(tmp_path / "site", "sitecustomize", customize)
     env = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(OWN_CODE.parent)])}
     with Server("hello:app", cwd=tmp_path, env=env) as server:
-        server.signal(signal.SIGTERM)
-        wait_for((tmp_path / "reached").exists, what="the end")
-        server.signal(signal.SIGUSR2)
-        (tmp_path / "go").touch()
-        assert server.wait_exit() == 0
+        assert server.stop() == 0
+    assert (tmp_path / "left").read_text() == "SIGCHLD", "whose default does nothing"
 
 
 # ------------------------------------------------------------------------------------------- what a starter has left
