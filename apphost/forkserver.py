@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from apphost.bytecode import distrust_stale_bytecode
 from apphost.errors import ApphostError, ExitCode, SettingsError
+from apphost.forks import Forks, end_daemons, forget_children
 from apphost.logfiles import open_access_sink, open_own_log
 from apphost.logs import Log
 from apphost.messages import DUMP_SIGNAL, PROTOCOL_VERSION, Channel, Message
@@ -96,6 +97,7 @@ def _end(code: int) -> NoReturn:
 def _end_at_once(code: ExitCode) -> NoReturn:
     """End without the exit handlers of a preloaded application: they are for its workers, and threads that it may have
     started must not keep this process."""
+    end_daemons()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):  # it may have put anything in their place
             stream.flush()
@@ -132,6 +134,7 @@ class ForkServer:
         self._app: Any = None  # preloaded
         self._code: Message | None = None  # the fingerprint of that
         self._certificates: Certificates | None = None
+        self._forks = Forks(lambda: [channel.fileno(), self._wakeup, *(each.fileno() for each in self._listeners)])
 
     @staticmethod
     def _make_wakeup() -> int:
@@ -249,7 +252,8 @@ class ForkServer:
             raise ApphostError("an order came with a channel that the arbiter has not made")
         # Until a child has handlers of its own no signal may reach it: ours would be silently swallowed.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        pid = os.fork()
+        with self._forks.ours():
+            pid = os.fork()
         if pid == 0:
             return self._become_worker(wid, channels[0], dump_fd)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
@@ -264,7 +268,9 @@ class ForkServer:
 
         signal.set_wakeup_fd(-1)
         os.close(self._wakeup)
+        self._wakeup = -1
         self._channel.close()
+        forget_children()
         assignment = Assignment(
             wid, self._generation, self._settings, self._listeners, dump_fd, self._log, self._access_log, self._app,
             self._certificates, self._log_config, self._code,

@@ -75,6 +75,7 @@ def part(name: str) -> str:
 _SHARED = {
     "checks", "messages", "lifecycle", "settings", "sources", "values", "cpu", "errors", "logs", "sockets", "bytecode",
     "privileges", "peers", "endpoint", "hooks", "access", "logfiles", "measures", "footing",
+    "forks", "prctl",
 }  # fmt: skip
 ALLOWED = {
     "arbiter": _SHARED | {"forkserver", "hookrunner"},
@@ -90,6 +91,8 @@ ALLOWED = {
     "messages": set(),
     "measures": set(),
     "footing": set(),
+    "forks": {"messages"},
+    "prctl": set(),
     "lifecycle": set(),
     "errors": set(),
     "logs": set(),

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from apphost.errors import ApphostError, ExitCode, user_traceback
+from apphost.forks import Forks
 from apphost.logs import Log, hide_queries
 from apphost.messages import DUMP_SIGNAL, Channel, Message
 from apphost.settings import Settings
@@ -69,6 +70,7 @@ def run(assignment: Assignment, channel: Channel) -> int:
     _prepare_signals()
     allow_descriptors(settings.limit_connections + SPARE_DESCRIPTORS)
     _prepare_dump(assignment.dump, server)
+    Forks(lambda: [channel.fileno(), assignment.dump, *(server[0].connected() if server else ())])
     try:
         return _run(assignment, channel, log, server)
     except ApphostError as exc:

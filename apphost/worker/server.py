@@ -282,6 +282,10 @@ class Server:
         opening += sum(receiver.coming for receiver in self.receivers)
         return len(self.context.connections) + opening < self.settings.limit_connections
 
+    def connected(self) -> list[int]:
+        """Descriptors of connections."""
+        return [connection.fileno() for connection in self.context.connections]
+
     def _connection_closed(self) -> None:
         if self.state is State.DRAINING:
             self._check_drained()

@@ -46,7 +46,7 @@ def wsgi(environ, start_response):
     assert (get("HTTPS") == "on") == (get("wsgi.url_scheme") == "https")
     assert "HTTP_PROXY" not in environ
     body = dump(
-        client=client, server=[get("SERVER_NAME"), get("SERVER_PORT")], scheme=get("wsgi.url_scheme"),
+        client=client, server=[get("SERVER_NAME").strip("[]"), get("SERVER_PORT")], scheme=get("wsgi.url_scheme"),
         root=get("SCRIPT_NAME"), path=get("SCRIPT_NAME") + get("PATH_INFO"), host=get("HTTP_HOST"),
         seen={{name: get(variable(name)) for name in FIELDS if variable(name) in environ}},
     )
