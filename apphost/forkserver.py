@@ -32,7 +32,7 @@ from apphost.errors import ApphostError, ExitCode, SettingsError
 from apphost.forks import Forks, end_daemons, forget_children
 from apphost.logfiles import open_access_sink, open_own_log
 from apphost.logs import Log
-from apphost.messages import DUMP_SIGNAL, PROTOCOL_VERSION, Channel, Message
+from apphost.messages import DUMP_SIGNAL, PROTOCOL_VERSION, Channel, Message, is_cut
 from apphost.peers import is_of_parent, take_channels
 from apphost.prctl import SET_PDEATHSIG, prctl
 from apphost.privileges import Account, become, check_readable, resolve
@@ -134,6 +134,7 @@ class ForkServer:
         self._app: Any = None  # preloaded
         self._code: Message | None = None  # the fingerprint of that
         self._certificates: Certificates | None = None
+        self._room = 0  # for connections of each worker
         self._forks = Forks(lambda: [channel.fileno(), self._wakeup, *(each.fileno() for each in self._listeners)])
 
     @staticmethod
@@ -205,7 +206,7 @@ class ForkServer:
         elif message["t"] == "config":
             self._configure(message)
         elif message["t"] == "spawn":
-            return self._spawn(int(message["wid"]), fds)
+            return self._spawn(message, fds)
         elif message["t"] == "stop_listening":
             for listener in self._listeners:
                 listener.close()
@@ -231,6 +232,7 @@ class ForkServer:
         if self._certificates is not None:
             _see_whether_watched(settings, self._certificates, self._log)
         self._log_config = _read_log_config(settings, directory)
+        self._room = _make_room(settings, self._log)
         if failure is None:
             self._app, self._code = _prepare_workers(settings, self._log_config, self._log, self._arbiter)
         else:
@@ -245,11 +247,14 @@ class ForkServer:
         self._access_log = open_access_sink(settings, directory, account, self._log)
         self._certificates = _load_certificates(settings, directory, self._log)
 
-    def _spawn(self, wid: int, fds: list[int]) -> tuple[Assignment, Channel] | None:
+    def _spawn(self, order: Message, fds: list[int]) -> tuple[Assignment, Channel] | None:
+        if is_cut(order, fds):
+            raise ApphostError("a process has no descriptors left for the channel of a worker (ulimit -n)")
         channel_fd, dump_fd = fds
         channels = take_channels([channel_fd], self._channel.sock)
         if channels is None:
             raise ApphostError("an order came with a channel that the arbiter has not made")
+        wid = int(order["wid"])
         # Until a child has handlers of its own no signal may reach it: ours would be silently swallowed.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         with self._forks.ours():
@@ -272,8 +277,8 @@ class ForkServer:
         self._channel.close()
         forget_children()
         assignment = Assignment(
-            wid, self._generation, self._settings, self._listeners, dump_fd, self._log, self._access_log, self._app,
-            self._certificates, self._log_config, self._code,
+            wid, self._generation, self._settings, self._listeners, dump_fd, self._log, self._room, self._access_log,
+            self._app, self._certificates, self._log_config, self._code,
         )  # fmt: skip
         return assignment, Channel(channel)
 
@@ -339,6 +344,12 @@ def _see_whether_watched(settings: Settings, certificates: Certificates, log: Lo
             f"user {settings.user or os.getuid()} may not read {', '.join(hidden)}: the workers cannot see when "
             "certificates are renewed, so send USR1 then"
         )
+
+
+def _make_room(settings: Settings, log: Log) -> int:
+    from apphost.worker.descriptors import make_room
+
+    return make_room(settings.limit_connections, log)
 
 
 def _read_log_config(settings: Settings, directory: str) -> LogConfig | None:

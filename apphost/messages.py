@@ -11,6 +11,7 @@ Orders are idempotent: sending one twice does what sending it once does.
 from __future__ import annotations
 
 import array
+import errno
 import json
 import os
 import signal
@@ -26,6 +27,8 @@ DUMP_SIGNAL = signal.SIGUSR2
 MAX_MESSAGE = 1 << 20  # bytes; the largest real one is a boot failure with its traceback, cut to 64 KiB by its sender
 MAX_FDS = 16  # of a message: an order to drain has one for each successor, and 16 are enough to spread connections over
 _READ_SIZE = 65536
+# The last: more descriptors of this user are under way than RLIMIT_NOFILE allows (unix(7)), until somebody reads some.
+_NOT_NOW = (errno.EAGAIN, errno.EINTR, errno.ETOOMANYREFS)
 
 Message = dict[str, Any]
 
@@ -39,18 +42,26 @@ def encode(message: Message) -> bytes:
     return json.dumps(message, separators=(",", ":")).encode() + b"\n"
 
 
+def is_cut(message: Message, fds: list[int]) -> bool:
+    """Whether the descriptors of a received message are lost, since this process had no room for all of them."""
+    return len(fds) < int(message.get("fds", 0))
+
+
 class Decoder:
     """Turns bytes and descriptors, in any split, into messages. Pure: performs no I/O.
 
-    Descriptors that no message claims are kept in `fds` for the owner to close.
+    Descriptors that no message claims are kept in `fds` for the owner to close. `LOST` among them stands for all those
+    of one message.
     """
+
+    LOST = -1
 
     def __init__(self, rest: bytes = b"") -> None:
         self._buffer = bytearray(rest)
         self.fds: deque[int] = deque()
 
     def feed(self, data: bytes, fds: list[int]) -> list[tuple[Message, list[int]]]:
-        """The messages completed by `data`, each with the descriptors it announced.
+        """The messages completed by `data`, each with the descriptors it announced, or with none where they are `LOST`.
 
         Raises `ProtocolError` for a line that is no JSON object with a text `t`, for one longer than `MAX_MESSAGE`,
         and for a message that announces more descriptors than have come.
@@ -75,7 +86,11 @@ class Decoder:
 
     def _claim(self, message: Message) -> tuple[Message, list[int]]:
         count = message.get("fds", 0)
-        if type(count) is not int or not 0 <= count <= len(self.fds):  # to isinstance, a bool is an int
+        right = type(count) is int and count >= 0  # to isinstance, a bool is an int
+        if right and count and self.fds and self.fds[0] == self.LOST:
+            self.fds.popleft()
+            return message, []
+        if not right or count > len(self.fds):
             raise ProtocolError(f"message {message['t'][:80]!r} announces {str(count)[:20]} fds, {len(self.fds)} came")
         return message, [self.fds.popleft() for _ in range(count)]
 
@@ -130,23 +145,25 @@ class Channel:
         data = encode({**message, "fds": len(fds)} if fds else message)
         if self._unsent_size + len(data) > MAX_MESSAGE:
             return False
-        self._unsent.append((data, [os.dup(fd) for fd in fds]))
-        self._unsent_size += len(data)
+        # What leaves at once needs no duplicates: a process that has no descriptors left can give some away.
+        sent = 0 if self._unsent else self._push(data, fds)
+        if sent is None:
+            return False
+        if sent < len(data):
+            self._unsent.append((data[sent:], [] if sent else [os.dup(fd) for fd in fds]))
+            self._unsent_size += len(data) - sent
         return self.flush()
 
     def flush(self) -> bool:
         """Send what waits, as far as the peer reads. False when the peer is gone."""
         while self._unsent:
             data, fds = self._unsent[0]
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-            try:
-                sent = self.sock.sendmsg([data], ancillary)
-            except (BlockingIOError, InterruptedError):
-                return True
-            except OSError:
-                self.gone = True
+            sent = self._push(data, fds)
+            if sent is None:
                 self._drop_unsent()
                 return False
+            if sent == 0:
+                return True
             self._unsent.popleft()
             self._unsent_size -= sent
             _close_all(fds)
@@ -154,8 +171,22 @@ class Channel:
                 self._unsent.appendleft((data[sent:], []))
         return True
 
+    def _push(self, data: bytes, fds: list[int]) -> int | None:
+        """How many bytes the peer has taken, with the first of them the descriptors; None when it is gone."""
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
+            return self.sock.sendmsg([data], ancillary)
+        except OSError as exc:
+            if exc.errno in _NOT_NOW:
+                return 0
+            self.gone = True
+            return None
+
     def receive(self) -> list[tuple[Message, list[int]]] | None:
-        """What has arrived, each message with its descriptors; None at end of file. Raises `ProtocolError`."""
+        """What has arrived, each message with its descriptors; None at end of file. Raises `ProtocolError`.
+
+        A message comes without any when this process had no descriptors left for them: see `is_cut`.
+        """
         try:
             data, fds = _receive(self.sock)
         except (BlockingIOError, InterruptedError):
@@ -187,16 +218,22 @@ _CLOEXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
     numbers = array.array("i")
     space = socket.CMSG_SPACE(MAX_FDS * numbers.itemsize)
-    data, ancillary, _flags, _address = sock.recvmsg(_READ_SIZE, space, _CLOEXEC)
+    data, ancillary, flags, _address = sock.recvmsg(_READ_SIZE, space, _CLOEXEC)
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
     if not _CLOEXEC:
         for fd in numbers:
             os.set_inheritable(fd, False)
+    if flags & socket.MSG_CTRUNC and len(numbers) < MAX_FDS:
+        # Not more than may be sent, but more than could be installed (RLIMIT_NOFILE). One read gets the descriptors of
+        # one message at most, so these are all of that message.
+        _close_all(list(numbers))
+        return data, [Decoder.LOST]
     return data, list(numbers)
 
 
 def _close_all(fds: list[int]) -> None:
     for fd in fds:
-        os.close(fd)
+        if fd != Decoder.LOST:
+            os.close(fd)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import selectors
 import shutil
 import signal
@@ -17,7 +18,7 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -41,6 +42,7 @@ __all__ = [
     "descendants",
     "linux",
     "moment",
+    "no_more_descriptors",
     "own_tracebacks",
     "pid_namespace",
     "processes",
@@ -86,6 +88,22 @@ def wait_for(predicate: Callable[[], T], timeout: float = DEADLINE, what: str = 
 
 
 _mtimes: dict[Path, float] = {}
+
+
+@contextlib.contextmanager
+def no_more_descriptors(spare: int) -> Iterator[None]:
+    """Let this process open only `spare` more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    probes = [os.open(os.devnull, os.O_RDONLY)]
+    while len(probes) <= spare:
+        probes.append(os.dup(probes[0]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (probes[-1], hard))
+    for fd in probes:
+        os.close(fd)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def write_app(directory: Path | str, name: str, source: str) -> Path:

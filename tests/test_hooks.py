@@ -217,10 +217,10 @@ def test_all_are_loaded_at_once_and_only_those_that_are_set(modules: Path) -> No
     loop = asyncio.new_event_loop()
     with socket.socket() as listener, contextlib.closing(loop):
         settings = Settings(on_worker_start="some_hooks:f", on_worker_exit="some_hooks:f")
-        hooks = Hooks.load(Assignment(1, 1, settings, [listener], -1, Log()), Log(), loop)
+        hooks = Hooks.load(Assignment(1, 1, settings, [listener], -1, Log(), 1), Log(), loop)
         assert set(hooks._functions) == {"worker_start", "worker_exit"}
-        hooks = Hooks.load(Assignment(1, 1, settings, [], -1, Log()), Log(), loop)
+        hooks = Hooks.load(Assignment(1, 1, settings, [], -1, Log(), 1), Log(), loop)
         assert set(hooks._functions) == {"worker_start"}, "a check serves nobody"
         settings = Settings(on_worker_exit="some_hooks:g")
         with pytest.raises(ApplicationError, match="on_worker_exit = 'some_hooks:g'"):
-            Hooks.load(Assignment(1, 1, settings, [listener], -1, Log()), Log(), loop)
+            Hooks.load(Assignment(1, 1, settings, [listener], -1, Log(), 1), Log(), loop)

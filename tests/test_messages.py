@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apphost.messages import MAX_FDS, MAX_MESSAGE, Channel, Decoder, Message, ProtocolError, encode
+from apphost.messages import MAX_FDS, MAX_MESSAGE, Channel, Decoder, Message, ProtocolError, encode, is_cut
+from tests.support import linux, no_more_descriptors
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(),
@@ -96,6 +97,23 @@ def test_descriptors_that_nobody_claims_are_kept_for_closing() -> None:
     decoder = Decoder()
     assert decoder.feed(b'{"t":"take","fds":1}\n', [7, 8]) == [({"t": "take", "fds": 1}, [7])]
     assert list(decoder.fds) == [8]
+
+
+def test_lost_descriptors_are_those_of_one_message() -> None:
+    """Whatever else has come by the time that its message is whole; a message without any loses none."""
+    decoder = Decoder()
+    assert decoder.feed(b'{"t":"take","fds":2}\n{"t":"ta', [5, 6]) == [({"t": "take", "fds": 2}, [5, 6])]
+    assert decoder.feed(b'ke"}\n{"t":"take","fds":3,', [Decoder.LOST]) == [({"t": "take"}, [])]
+    got = decoder.feed(b'"n":1}\n{"t":"take","fds":1}\n', [7])
+    assert got == [({"t": "take", "fds": 3, "n": 1}, []), ({"t": "take", "fds": 1}, [7])]
+    assert [is_cut(message, fds) for message, fds in got] == [True, False]
+    assert not decoder.fds
+
+
+@pytest.mark.parametrize("fds", ["-1", "true", '"1"'])
+def test_a_wrong_count_is_wrong_also_where_descriptors_are_lost(fds: str) -> None:
+    with pytest.raises(ProtocolError):
+        Decoder().feed(b'{"t":"take","fds":%s}\n' % fds.encode(), [Decoder.LOST])
 
 
 @pytest.mark.parametrize("fds", ["2", "-1", "null", "true", "false", "1.0", '"1"', "[]", "1e400", "9" * 400])
@@ -278,6 +296,31 @@ def test_descriptors_of_many_messages_stay_with_their_message(pair: tuple[Channe
             os.close(fd)
     for fd in files:
         os.close(fd)
+
+
+@linux
+@pytest.mark.parametrize("spare", [0, 1])
+def test_a_message_whose_descriptors_find_no_room_arrives_without_them(
+    pair: tuple[Channel, Channel], spare: int
+) -> None:
+    left, right = pair
+    before = open_fds()
+    with open(os.devnull) as file:
+        for count in (1, 2, 0):
+            assert left.send({"t": "take", "n": count}, [file.fileno()] * count)
+        with no_more_descriptors(spare):
+            got = drain(right)
+    assert [message["n"] for message, _ in got] == [1, 2, 0]
+    assert [len(fds) for _, fds in got] == [spare, 0, 0]
+    assert [is_cut(*each) for each in got] == [not spare, True, False]
+    for _, fds in got:
+        for fd in fds:
+            os.close(fd)
+    with open(os.devnull) as file:
+        assert left.send({"t": "take"}, [file.fileno()])
+    ((_, [fd]),) = drain(right)
+    os.close(fd)
+    assert open_fds() == before
 
 
 def test_a_blocked_peer_gets_everything_once_and_in_order(pair: tuple[Channel, Channel]) -> None:

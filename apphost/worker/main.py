@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import faulthandler
 import os
-import resource
 import signal
 import time
 from dataclasses import dataclass
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
     from apphost.access import Sink
     from apphost.worker.logconfig import LogConfig
 
-# Descriptors beside those of connections: what the application has open, and the twins of connections that move.
-SPARE_DESCRIPTORS = 1024
-
 # These belong to the arbiter; a terminal or a container runtime may send them to everybody.
 _NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGTTIN, signal.SIGTTOU, signal.SIGQUIT)
 
@@ -41,7 +37,7 @@ class Assignment:
     dump: the descriptor of the file for its last words. access_log: where that goes, None for nowhere.
     app: the application, if the fork server has imported it. certificates: for TLS, read before the fork server has
     given its privileges up. log_config: of `logging`, to be applied before the application is imported. code: the
-    fingerprint of the application, if the fork server has imported it.
+    fingerprint of the application, if the fork server has imported it. room: for so many connections.
     """
 
     wid: int
@@ -50,6 +46,7 @@ class Assignment:
     listeners: list[Listener]
     dump: int
     log: Log
+    room: int
     access_log: Sink | None = None
     app: Any = None
     certificates: Certificates | None = None
@@ -68,7 +65,6 @@ def run(assignment: Assignment, channel: Channel) -> int:
     hide_queries(not settings.log_query)
     server: list[Server] = []
     _prepare_signals()
-    allow_descriptors(settings.limit_connections + SPARE_DESCRIPTORS)
     _prepare_dump(assignment.dump, server)
     Forks(lambda: [channel.fileno(), assignment.dump, *(server[0].connected() if server else ())])
     try:
@@ -133,23 +129,6 @@ def _finish(loop: asyncio.AbstractEventLoop) -> None:
 
 def _tell_failure(channel: Channel, exc: ApphostError) -> None:
     channel.send({"t": "failed", "message": exc.message, "detail": exc.detail, "code": int(exc.exit_code)})
-
-
-def allow_descriptors(wanted: int) -> None:
-    """Raise the soft limit (RLIMIT_NOFILE) to `wanted`, or as near as the hard one lets it.
-
-    The usual 1024 is for programs that call select(2), which cannot do more; those that can shall raise it themselves
-    (systemd.exec(5), `LimitNOFILE=`). An application that uses select(2) on its own descriptors is no worse off before
-    there are that many, and then it would have none at all.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    enough = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft == resource.RLIM_INFINITY or soft >= enough:
-        return
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
-    except (OSError, ValueError):
-        pass  # macOS has another limit for each process (kern.maxfilesperproc) and refuses what is above it
 
 
 def _prepare_signals() -> None:

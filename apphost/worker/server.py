@@ -21,7 +21,7 @@ from apphost.interfaces.threads import ThreadPool
 from apphost.interfaces.timing import timed
 from apphost.lifecycle import State, allowed
 from apphost.logs import Log
-from apphost.messages import Channel, Message, ProtocolError
+from apphost.messages import Channel, Message, ProtocolError, is_cut
 from apphost.peers import take_channels
 from apphost.protocols import masking
 from apphost.protocols.base import HeadParser, Interface
@@ -34,6 +34,7 @@ from apphost.protocols.strict import Limits
 from apphost.protocols.websocket import WebSocketOptions, read_on_reload
 from apphost.worker.acceptor import Acceptor
 from apphost.worker.certificates import Tls
+from apphost.worker.descriptors import room_for_moved
 from apphost.worker.handover import Receiver, Sender
 from apphost.worker.hooks import Hooks
 from apphost.worker.inquiry import Inquiry, Oldest
@@ -278,9 +279,13 @@ class Server:
     # -- serving
 
     def _has_room(self) -> bool:
+        return self._held() < self.assignment.room
+
+    def _held(self) -> int:
+        """Connections, with those that are about to be ours."""
         opening = sum(len(acceptor.opening) for acceptor in self.acceptors)
         opening += sum(receiver.coming for receiver in self.receivers)
-        return len(self.context.connections) + opening < self.settings.limit_connections
+        return len(self.context.connections) + opening
 
     def connected(self) -> list[int]:
         """Descriptors of connections."""
@@ -341,6 +346,8 @@ class Server:
             return
         for message, fds in messages:
             sockets = take_channels(fds, self.channel.sock)
+            if is_cut(message, fds):
+                self._tell_cut(message)
             if sockets is None:
                 self.log.error(f"{self.assignment.name}: an order came with a channel that the arbiter has not made")
             self._obey(message, sockets or [])
@@ -361,9 +368,19 @@ class Server:
                 for sock in sockets:
                     sock.close()
 
+    def _tell_cut(self, message: Message) -> None:
+        """There was no descriptor left for its channels, which are gone.
+
+        Without them an `adopt` is refused: the worker that drains sees the end of its channel, and keeps what it has. A
+        `drain` has no successors: what waits for a request gets one more answer, unless a `successor` follows, for
+        whose channel the listeners that are closed by then have left room.
+        """
+        what = {"drain": "its connections", "adopt": "connections of another worker"}.get(message["t"], "connections")
+        self.log.warning(f"{self.assignment.name}: no descriptors are left (ulimit -n), so {what} cannot move")
+
     def _welcome(self) -> bool:
         """Whether a connection of another worker may come here."""
-        return self.state is State.READY and self._has_room()
+        return self.state is State.READY and self._held() < room_for_moved(self.assignment.room)
 
     def _stray_term(self) -> None:
         """A container runtime may send TERM to every process: take it as the arbiter's word, and tell it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import struct
 import time
@@ -16,7 +17,7 @@ from tests.load import INTERFACES, serving
 from tests.process.conftest import PROBE
 from tests.process.probing import ANSWER, Probe, script
 from tests.rawhttp import DEADLINE
-from tests.support import Server, connect, linux, request_bytes, wait_for, write_app
+from tests.support import RawClient, Server, connect, linux, request_bytes, wait_for, write_app
 
 RESET = struct.pack("ii", 1, 0)
 GET = request_bytes("GET", "/")
@@ -192,3 +193,89 @@ def narrow(port: int) -> socket.socket:
     sock.settimeout(DEADLINE)
     sock.connect(("127.0.0.1", port))
     return sock
+
+
+# ----------------------------------------------------------------------------------------------- descriptors run out
+
+NARROW = ("sh", "-c", 'ulimit -n 128; exec "$@"', "sh")
+
+HOARDER = """
+import os
+def take_all():
+    try:
+        while True:
+            os.open(os.devnull, os.O_RDONLY)
+    except OSError:
+        pass
+def app(environ, start_response):
+    if environ["PATH_INFO"] == "/hoard":
+        take_all()
+    body = str(os.getpid()).encode()
+    start_response("200 OK", [("Content-Length", str(len(body)))])
+    return [body]
+"""
+
+
+def test_connections_at_the_limit_of_descriptors_live_on_over_a_reload(tmp_path: Path) -> None:
+    """Also while others wait in the backlog, whom the new worker may take first."""
+    write_app(tmp_path, "app", HOARDER)
+    with Server("app:app", "--workers", "1", cwd=tmp_path, prefix=NARROW) as server, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(RawClient(server.port)) for _ in range(96)]
+        old = {client.request("GET", "/").body for client in clients}
+        server.wait_line(r"a worker takes 96 connections, not the 10000 of limit_connections.*128 descriptors")
+        waiting = [stack.enter_context(RawClient(server.port)) for _ in range(5)]
+        server.reload()
+        server.wait_line("worker 1 gen 1 gone: exit 0")
+        (pid,) = server.worker_pids()
+        assert old != {b"%d" % pid}
+        for client in clients:
+            response = client.request("GET", "/")
+            assert response.body == b"%d" % pid
+            assert response.header(b"connection") != b"close"
+        for client in clients[:10]:
+            client.close()
+        for client in waiting:
+            assert client.request("GET", "/").body == b"%d" % pid
+        assert "cannot accept" not in server.log
+        assert server.stop() == 0
+
+
+@linux
+def test_a_worker_that_has_no_descriptors_left_can_give_its_connections_away(tmp_path: Path) -> None:
+    """The channels that come with its orders find room when it has closed its listener."""
+    write_app(tmp_path, "app", HOARDER)
+    with Server("app:app", cwd=tmp_path, prefix=NARROW) as server, RawClient(server.port) as client:
+        (old,) = server.worker_pids()
+        assert client.request("GET", "/hoard").body == b"%d" % old
+        server.reload()
+        server.wait_line("worker 1 gen 1: no descriptors are left")
+        server.wait_line("worker 1 gen 1 gone: exit 0")
+        assert client.request("GET", "/").body == b"%d" % server.worker_pids()[0]
+        assert "nonsense" not in server.log
+        assert server.stop() == 0
+
+
+@linux
+def test_a_worker_that_has_no_descriptors_left_refuses_connections_of_others(tmp_path: Path) -> None:
+    """These stay where they are, and are served there."""
+    write_app(tmp_path, "app", HOARDER)
+    args = ("--workers", "2", "--graceful-timeout", "600")
+    with (
+        Server("app:app", *args, cwd=tmp_path, prefix=NARROW) as server,
+        contextlib.ExitStack() as stack,
+    ):
+        leaving, staying = (b"%d" % pid for pid in server.worker_pids())
+        clients: dict[bytes, RawClient] = {}
+        while {leaving, staying} - set(clients):
+            client = stack.enter_context(RawClient(server.port))
+            clients.setdefault(client.request("GET", "/").body, client)
+        assert clients[staying].request("GET", "/hoard").body == staying
+        server.signal(signal.SIGTTOU)
+        server.wait_line("no descriptors are left")
+        for pid, client in clients.items():
+            assert client.request("GET", "/").body == pid
+        stack.close()
+        server.wait_line("gen 1 gone: exit 0")
+        assert server.worker_pids() == [int(staying)]
+        assert "nonsense" not in server.log
+        assert server.stop() == 0
