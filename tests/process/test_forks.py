@@ -10,16 +10,15 @@ import pytest
 from tests.support import RawClient, Server, alive, request_bytes, wait_for, write_app
 
 DAEMON = """
-import multiprocessing, time
+import multiprocessing, os, time
 
 def work():
-    print("working", flush=True)
     time.sleep(600)
 
 def start():
     child = multiprocessing.get_context("fork").Process(target=work, daemon=True)
     child.start()
-    print("child", child.pid, flush=True)
+    os.write(1, f"child {child.pid}\n".encode())  # in one piece, among the lines of other processes
     return child
 """
 IN_LIFESPAN = (
