@@ -18,8 +18,8 @@ from threading import get_ident
 
 from apphost.messages import DUMP_SIGNAL
 
-_HANDLED = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGTTIN, signal.SIGTTOU,
-            signal.SIGCHLD, DUMP_SIGNAL)  # fmt: skip
+_HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGTTIN,
+            signal.SIGTTOU, signal.SIGCHLD, DUMP_SIGNAL)  # fmt: skip
 
 
 class Forks:
@@ -29,6 +29,8 @@ class Forks:
         """`descriptors`: ours, that a child of the application must not have; those below 0 are closed already."""
         self._descriptors = descriptors
         self._ours = False
+        self._foreign = False  # this is a child of the application already, and its own children are not our business
+        self._handlers = {number: signal.getsignal(number) for number in _HANDLED}
         self._masks: dict[int, set[int | signal.Signals]] = {}  # thread to its mask, while it forks
         os.register_at_fork(before=self._hold, after_in_parent=self._release, after_in_child=self._disown)
 
@@ -43,7 +45,7 @@ class Forks:
 
     def _hold(self) -> None:
         """A signal that comes before the child is rid of our handlers would be heard of here."""
-        if not self._ours:
+        if not self._ours and not self._foreign:
             self._masks[get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
 
     def _release(self) -> None:
@@ -52,22 +54,23 @@ class Forks:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _disown(self) -> None:
-        if self._ours:
+        if self._ours or self._foreign:
             return
+        self._foreign = True
         with contextlib.suppress(Exception):  # whatever fails, the child is the application's, and is to go on
-            _restore_signals()
+            self._restore_signals()
         with contextlib.suppress(Exception):
             _replace([fd for fd in self._descriptors() if fd >= 0])
         self._release()
 
-
-def _restore_signals() -> None:
-    signal.set_wakeup_fd(-1)
-    faulthandler.unregister(DUMP_SIGNAL)
-    faulthandler.disable()
-    for number in _HANDLED:
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    def _restore_signals(self) -> None:
+        """But for those that the application has handlers of its own for. That of TERM has become the loop's."""
+        signal.set_wakeup_fd(-1)
+        faulthandler.unregister(DUMP_SIGNAL)
+        faulthandler.disable()
+        for number, handler in self._handlers.items():
+            if number == signal.SIGTERM or signal.getsignal(number) == handler:
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def _replace(descriptors: Iterable[int]) -> None:

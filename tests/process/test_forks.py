@@ -18,7 +18,7 @@ def work():
 def start():
     child = multiprocessing.get_context("fork").Process(target=work, daemon=True)
     child.start()
-    os.write(1, f"child {child.pid}\n".encode())  # in one piece, among the lines of other processes
+    os.write(1, f"child {child.pid}\\n".encode())  # in one piece, among the lines of other processes
     return child
 """
 IN_LIFESPAN = (
@@ -84,12 +84,29 @@ def test_daemons_of_multiprocessing_go_with_their_generation(
 
 
 IN_REQUEST = """
-import multiprocessing, os, time
+import multiprocessing, os, signal, time
 
 LEFT = []
 
 def wait():
     time.sleep(600)
+
+def tell_and_wait(writer):
+    os.write(writer, b"x")
+    wait()
+
+def parent():
+    # Its handlers are its own business, and so are those of its children.
+    def note(number, frame):
+        os._exit(7)
+    signal.signal(signal.SIGTERM, note)
+    reader, writer = os.pipe()
+    child = multiprocessing.get_context("fork").Process(target=tell_and_wait, args=(writer,))
+    child.start()
+    os.read(reader, 1)  # before, Python would forget the signal: a new child forgets those that wait for a handler
+    child.terminate()
+    child.join(30)
+    os._exit(child.exitcode)
 
 def app(environ, start_response):
     body = b"good"
@@ -97,6 +114,11 @@ def app(environ, start_response):
         child = multiprocessing.get_context("fork").Process(target=wait)
         child.start()
         child.terminate()
+        child.join(30)
+        body = str(child.exitcode).encode()
+    if environ["PATH_INFO"] == "/grandchild":
+        child = multiprocessing.get_context("fork").Process(target=parent)
+        child.start()
         child.join(30)
         body = str(child.exitcode).encode()
     if environ["PATH_INFO"] == "/leave":
@@ -121,6 +143,9 @@ def test_a_child_of_a_request(tmp_path: Path, loop: str) -> None:
                 with RawClient(server.port) as client:
                     client.send(request_bytes("GET", "/terminate"))
                     assert client.read_response().body == b"%d" % -signal.SIGTERM
+            with RawClient(server.port) as client:
+                client.send(request_bytes("GET", "/grandchild"))
+                assert client.read_response().body == b"7"
             with RawClient(server.port) as client:
                 client.send(b"GET /leave HTTP/1.0\r\n\r\n")
                 assert client.read_response().body == b"the end"
