@@ -39,8 +39,7 @@ NAMES = ("auto", *_NAMED, "json")
 
 # What a field is: its conversion, and the expression for its value. In an expression, `e` is the exchange, `d` the
 # duration, `cut` whether the response is incomplete, `stamp` and `iso` the time of writing, `f` the `_Fields`. The long
-# name, then aliases. 499 is nginx's code for a client that left before it
-# got an answer.
+# name, then aliases. 499 is nginx's code for a client that left before it got an answer.
 _TABLE: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("client", "h"), "%s", "e.client[0] if e.client else '-'"),
     (("user", "u", "l"), "%s", "'-'"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from apphost.protocols.base import Handler, Headers, RequestHead, ResponseError, Stream
@@ -314,20 +314,19 @@ class Exchange(Stream):
             self._done()
 
     def fail(self) -> None:
-        if self.progress is _DONE:
-            return
-        started = self.progress is _BODY
-        self.progress = _DONE
-        self.handler = NOBODY
-        self.connection.response_failed(self, started)
+        self._end_early(self.connection.response_failed)
 
     def abandon(self) -> None:
+        self._end_early(self.connection.response_abandoned)
+
+    def _end_early(self, tell: Callable[[Exchange, bool], None]) -> None:
+        """`tell`: what the connection does, told whether the head is on the wire."""
         if self.progress is _DONE:
             return
         started = self.progress is _BODY
         self.progress = _DONE
         self.handler = NOBODY
-        self.connection.response_abandoned(self, started)
+        tell(self, started)
 
     @property
     def ends_with_connection(self) -> bool:
