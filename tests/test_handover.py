@@ -22,6 +22,7 @@ from apphost.protocols.wire import Phase
 from apphost.worker.handover import ANSWER_TIMEOUT, BATCH, IN_FLIGHT_MAX
 from apphost.worker.server import Server
 from tests.handover_stage import Client, Side, Stage, Theatre, messages, moving, request, turns, until
+from tests.peer import TIMEOUTS
 from tests.rawhttp import DEADLINE
 from tests.support import no_more_descriptors
 
@@ -65,12 +66,13 @@ def test_an_idle_connection_moves_with_all_that_is_known_of_it(theatre: Theatre,
         old, new = stage.side("old"), stage.side("new")
         client, connection = await stage.client(old, kind)
         first = await client.ask("/1")
+        connection.read_deadline -= TIMEOUTS.keep_alive / 2  # as if it had waited for that long
         deadline = connection.read_deadline
         stage.connect(old, new)
         await until(lambda: new.connections and not old.connections)
         (arrived,) = new.connections
         assert arrived.requests == 1
-        assert abs(arrived.read_deadline - deadline) < 0.5
+        assert abs(arrived.read_deadline - deadline) < TIMEOUTS.keep_alive / 4
         second = await client.ask("/2", b"body")
         assert (first.side, second.side) == ("old", "new")
         assert (first.client, first.server) == (second.client, second.server)
@@ -251,12 +253,13 @@ def test_time_that_is_left_travels_and_never_grows(theatre: Theatre) -> None:
         client, connection = await stage.client(one)
         await client.send(b"GET /slow HTT")
         await until(lambda: connection.phase is Phase.HEAD)
+        connection.read_deadline -= TIMEOUTS.request_header / 2  # as if it had waited for that long
         deadline = connection.read_deadline
         for source, target in [(one, two), (two, one)] * 5:
             stage.connect(source, target)
             await until(lambda target=target: target.connections)
             assert target.connections[0].phase is Phase.HEAD
-            assert abs(target.connections[0].read_deadline - deadline) < 0.2
+            assert abs(target.connections[0].read_deadline - deadline) < TIMEOUTS.request_header / 4
             source.serve_on()
         one.context.tick(deadline + 1)
         received = await asyncio.wait_for(stage.loop.sock_recv(client.sock, 1000), DEADLINE)

@@ -200,16 +200,26 @@ def narrow(port: int) -> socket.socket:
 NARROW = ("sh", "-c", 'ulimit -n 128; exec "$@"', "sh")
 
 HOARDER = """
-import os
+import os, stat, time
 def take_all():
     try:
         while True:
             os.open(os.devnull, os.O_RDONLY)
     except OSError:
         pass
+def is_read(fd):
+    # As the code that is served, by who tells its hash: that descriptor comes back.
+    try:
+        found = os.fstat(fd)
+    except OSError:
+        return True
+    return stat.S_IFMT(found.st_mode) in (stat.S_IFREG, stat.S_IFDIR) and found.st_nlink > 0
 def app(environ, start_response):
     if environ["PATH_INFO"] == "/hoard":
         take_all()
+        while any(map(is_read, range(3, 128))):
+            time.sleep(0.001)
+            take_all()
     body = str(os.getpid()).encode()
     start_response("200 OK", [("Content-Length", str(len(body)))])
     return [body]

@@ -29,6 +29,7 @@ BLOCK = b"0123456789abcdef" * 4096  # 64 KiB
 FLOOD_BLOCKS = 1024  # of BLOCK: 64 MiB, far more than the buffers of any socket
 
 gates: defaultdict[str, threading.Event] = defaultdict(threading.Event)
+crowds: dict[str, threading.Barrier] = {}
 progress: dict[str, int] = {}
 running = 0
 most_running = 0
@@ -465,11 +466,18 @@ def file_closed(environ: Environ, start_response: StartResponse, query: dict[str
 
 
 def busy(environ: Environ, start_response: StartResponse, query: dict[str, str]) -> list[bytes]:
-    """Takes 0.1 s of a thread; answers with the most that ever were in here at the same time."""
+    """Takes 0.1 s of a thread; answers with the most that ever were in here at the same time.
+
+    With `?together=NUMBER` only when that many have come; 500 if they do not. The time is for one more to show itself.
+    """
     global running, most_running
     with lock:
         running += 1
         most_running = max(running, most_running)
+    if "together" in query:
+        with lock:
+            crowd = crowds.setdefault(query["together"], threading.Barrier(int(query["together"])))
+        crowd.wait(DEADLINE)
     time.sleep(0.1)
     with lock:
         running -= 1
