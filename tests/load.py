@@ -175,7 +175,7 @@ class Load:
         self,
         address: Address,
         clients: int = 4,
-        pause: float = 0.005,
+        pause: float = 0.01,
         timeout: float = DEADLINE,
         tls: ssl.SSLContext | None = None,
     ) -> None:

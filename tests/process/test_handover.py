@@ -316,6 +316,7 @@ def test_pipelined_bursts_are_answered_in_order_over_reloads(tmp_path: Path, fla
                     assert not announces_close(response)
                     versions.add(check(response, body).version)
                 number += 1
+                stop.wait(0.005)
 
     def guarded(address: Address) -> None:
         try:

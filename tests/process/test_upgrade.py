@@ -87,8 +87,8 @@ def test_the_command_is_found_again_by_its_name(tmp_path: Path) -> None:
 
 
 def program(folder: Path, version: str) -> Path:
-    """A copy of apphost, of another version."""
-    copy = shutil.copytree(OWN_CODE, folder / "apphost", ignore=shutil.ignore_patterns("__pycache__"))
+    """A copy of apphost, of another version. With its bytecode, but for what others are about to rename."""
+    copy = shutil.copytree(OWN_CODE, folder / "apphost", ignore=shutil.ignore_patterns("*.pyc.*"))
     init = copy / "__init__.py"
     text, changes = re.subn(r'__version__ = "[^"]+"', f'__version__ = "{version}"', init.read_text())
     assert changes == 1

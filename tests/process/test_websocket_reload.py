@@ -365,7 +365,7 @@ def test_a_storm_of_reloads_loses_no_message(tmp_path: Path, flavour: tuple[str,
                     for text in texts:
                         turn += 1
                         assert answer(client, text)[2] == turn
-                    stop.wait(0.01)
+                    stop.wait(0.03)
                 assert client.part() == (1000, "")
         except BaseException as exc:
             failures.append(f"client {number}, turn {turn}: {exc!r}")
