@@ -218,12 +218,12 @@ FAILURES = {
     ),
     "hangs": (
         "import time\ndef hang_here():\n    time.sleep(600)\nhang_here()\n",
-        r"not ready within boot_timeout, 5 s",
+        r"not ready within boot_timeout, 6 s",
         ["in hang_here", r'File ".*app\.py", line 3'],
     ),
     "spins": (
         "def spin_here():\n    while True: pass\nspin_here()\n",
-        "not ready within boot_timeout, 5 s",
+        "not ready within boot_timeout, 6 s",
         ["in spin_here"],
     ),
 }
@@ -233,7 +233,7 @@ FAILURES = {
 def test_a_first_start_that_fails_ends_with_the_reason(tmp_path: Path, kind: str) -> None:
     source, reason, shown = FAILURES[kind]
     write_app(tmp_path, "app", source)
-    args = ("--preload", "--workers", "2", "--boot-timeout", "5")
+    args = ("--preload", "--workers", "2", "--boot-timeout", "6")
     with Server("app:app", *args, cwd=tmp_path, until=None) as server:
         assert server.wait_exit() == 3
         assert re.search(f"worker [12] gen 1 could not boot: .*{reason}", server.log)
@@ -247,7 +247,7 @@ def test_a_first_start_that_fails_ends_with_the_reason(tmp_path: Path, kind: str
 def test_a_reload_that_hangs_is_given_up(tmp_path: Path, kind: str) -> None:
     """It hangs in the fork server, which has no worker yet: so that is what is asked for its stacks, and killed."""
     source, reason, shown = FAILURES[kind]
-    with preloaded(tmp_path, "asgi", "--boot-timeout", "5", extra="") as server:
+    with preloaded(tmp_path, "asgi", "--boot-timeout", "6", extra="") as server:
         before = ask(server.port)
         write_app(tmp_path, "app", source)
         mark = server.mark()
