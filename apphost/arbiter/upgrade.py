@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from apphost.arbiter.control import Control
     from apphost.arbiter.history import History
 
-TRIAL_TIMEOUT = 15.0  # s for the new program to show that it can start
+TRIAL_TIMEOUT = 60.0  # s for the new program to show that it can start; the default of boot_timeout
 _STATE_MAX = 1 << 26  # bytes: some hundred times the state of 1024 workers
 
 

@@ -85,7 +85,8 @@ class Server:
         self.parting = Parting(loop)
         self.drained = asyncio.Event()
         self._stopping = False  # the drain is for a stop: nobody takes our connections
-        self._tick_handle: asyncio.TimerHandle | None = None
+        self._tick_handle: asyncio.Handle | None = None
+        self._tick_due = math.inf  # loop time; uvloop's handles do not tell it of what is due at once
         self._tls = self._make_tls()
         self._inquiry = Inquiry(loop, channel, self.context)
         self._oldest = Oldest()
@@ -305,8 +306,9 @@ class Server:
 
     def _tick(self) -> None:
         now = self.loop.time()
-        late = self._tick_handle is not None and now - self._tick_handle.when() > TICK
-        self._tick_handle = self.loop.call_at(next_tick(now, self.assignment.wid), self._tick)
+        late = now - self._tick_due > TICK
+        self._tick_due = next_tick(now, self.assignment.wid)
+        self._tick_handle = self.loop.call_at(self._tick_due, self._tick)
         if not late:  # else the process was stopped, or the loop blocked: what clients sent meanwhile is read first
             self.context.tick(now)
         self._beat()

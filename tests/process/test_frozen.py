@@ -1,6 +1,6 @@
 """An arbiter that is stopped for a while and goes on, alone or with its workers, as by `docker pause`: nobody notices.
 
-All stops are longer than `timeout` and `boot_timeout`, which are 2 s here.
+All stops are longer than `timeout` and `boot_timeout`, which are 4 s here.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import pytest
 from tests.load import INTERFACES, Load, ask, check, serving
 from tests.support import RawClient, Server, descendants, request_bytes, wait_for
 
-TIMEOUT = 2.0
-STOP = 3.5  # s
+TIMEOUT = 4.0
+STOP = 5.5  # s
 
 each_interface = pytest.mark.parametrize("interface", INTERFACES)
 
