@@ -207,7 +207,8 @@ class Arbiter:
         last_words = self.fork_servers.ended(server)
         how = reports.describe_exit(status)
         unborn = [w for w in self.workers.values() if w.generation == server.generation and not w.pid]
-        if server.failure is None and server.generation in self.fleet.generations:
+        ended_by_us = unborn and all(worker.expected for worker in unborn)  # it was in the way of a newer generation
+        if server.failure is None and server.generation in self.fleet.generations and not ended_by_us:
             self.log.warning(f"the fork server of generation {server.generation} is gone: {how}")
         for worker in unborn:
             what = f"the fork server of its generation ended early ({how})"
