@@ -194,7 +194,7 @@ def probation_ends(server: Server) -> tuple[float, float]:
 
 
 def test_an_upgrade_during_the_probation_remembers_its_end(tmp_path: Path) -> None:
-    with canary("asgi", folder=tmp_path, seconds=600) as server:
+    with canary("asgi", folder=tmp_path, seconds=600, env=patient(tmp_path / "lib")) as server:
         on_probation(server, site("asgi", "two"))
         before = probation_ends(server)
         server.signal(signal.SIGUSR2)
