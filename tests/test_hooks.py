@@ -146,18 +146,18 @@ def test_a_hook_that_hangs_is_left_behind(
         over.wait(DEADLINE)
 
     async def hang_later(_event: HookEvent) -> None:
-        await asyncio.sleep(DEADLINE)
+        await asyncio.sleep(20)
 
     function = hang if kind == "sync" else hang_later
     took = worker(0.1, worker_ready=function, worker_drain=function, worker_exit=function).live()
-    assert 0.2 <= took < DEADLINE / 2
+    assert 0.2 <= took < 5
     log = capfd.readouterr().err
     for name in ("ready", "drain", "exit"):
         assert f"the hook on_worker_{name} = " in log
     assert log.count("took longer than 0.1 s and is left") == 3
 
     took = worker(10.0, worker_drain=function, worker_exit=function).live(seconds=-1.0)
-    assert 2 * TIME_MIN <= took < DEADLINE / 2, "there is no time left for the drain: they get the least"
+    assert 2 * TIME_MIN <= took < 5, "there is no time left for the drain: they get the least"
     log = capfd.readouterr().err
     assert "the hook on_worker_drain = '' has not ended when its worker had to" in log
     assert "the hook on_worker_exit = '' took longer than 0.2 s and is left" in log
